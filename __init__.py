@@ -1,0 +1,1 @@
+"""bitroute: quantize diffusers models layer by layer."""

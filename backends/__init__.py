@@ -1,0 +1,78 @@
+"""The formats a layer can be stored in, one file each.
+
+A backend's name is its file's name with hyphens; other packages add theirs through the entry-point
+group `bitroute.backends`. Only the requested module is imported, so a missing library breaks one backend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+from bitroute.errors import BackendError, Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from bitroute.backends.base import Backend
+
+__all__ = ["available", "create", "find"]
+
+_NOT_FORMATS = {"base", "load"}
+
+
+def available() -> list[str]:
+    """Names of every backend that is installed, without importing any of them."""
+    own = {module.name.replace("_", "-") for module in iter_modules(__path__) if _is_format(module.name)}
+    return sorted(own | set(_plugins()))
+
+
+def find(name: str) -> type[Backend]:
+    """The backend class called `name`.
+
+    Raises:
+        BackendError: no such backend, or the library it needs is not installed.
+    """
+    if name not in available():
+        raise BackendError(
+            Problem(
+                f"unknown backend {name!r}",
+                expected="one of " + ", ".join(available()),
+                next_step=did_you_mean(name, available()),
+            )
+        )
+    try:
+        found: type[Backend] = _plugins()[name].load() if name in _plugins() else _own(name)
+    except ImportError as error:
+        library = (error.name or "a library").partition(".")[0].replace("_", "-")
+        raise BackendError(
+            Problem(
+                f"backend {name!r} cannot be imported: {error}",
+                next_step=f"pip install {library}",
+            )
+        ) from error
+    return found
+
+
+def create(name: str, **options: Any) -> Backend:
+    """A backend with its options, checked: `create("nvfp4", scale="mse")`.
+
+    Raises:
+        BackendError: unknown backend, unknown option, or a value the option does not take.
+    """
+    return find(name).from_options(options)
+
+
+def _is_format(module: str) -> bool:
+    return module not in _NOT_FORMATS and not module.startswith("_")
+
+
+def _own(name: str) -> type[Backend]:
+    import_module(f"bitroute.backends.{name.replace('-', '_')}")
+    from bitroute.backends.base import REGISTRY
+
+    return REGISTRY[name]
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="bitroute.backends")}

@@ -1,0 +1,239 @@
+"""The contract between a format and everything else.
+
+A weight reaches a backend as rows: [out, in] for a linear layer, [out, in·kernel] for a convolution. The job
+calls `survey` once over all blocks of rows for what needs the whole tensor, then `encode` for each block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bitroute.errors import BackendError, Problem, did_you_mean
+
+BLOCK_ELEMENTS = 256 * 1024  # a block of rows and its temporaries stay in the cache
+REGISTRY: dict[str, type[Backend]] = {}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that need not exist yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def rows(self) -> TensorSpec:
+        """The same weight as the backends see it: [out, everything else]."""
+        return TensorSpec((self.shape[0], math.prod(self.shape[1:])), self.dtype)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration measured of a layer's input."""
+
+    second_moment: Tensor | None = None  # E[x²] per input channel, [in], float32
+
+
+NONE = Statistics()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What only the whole tensor tells."""
+
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)  # stored as they are, complete
+    facts: Mapping[str, Tensor] = field(default_factory=dict)  # read by `encode`, stored nowhere
+
+
+@dataclass(frozen=True)
+class NativeRecord:
+    """How the format's own library names and describes one weight in its checkpoint folder.
+
+    names: output suffix → tensor name below the layer ("qdata" → "_weight_qdata").
+    header: the record that the safetensors header carries for the weight, if the library wants one.
+    config: what the folder's `quantization_config` says about such a weight.
+    """
+
+    names: Mapping[str, str]
+    header: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Backend(ABC):
+    """One format with its options; subclasses are frozen pydantic dataclasses whose fields are the options."""
+
+    name: ClassVar[str]  # as recipes spell it
+    family: ClassVar[str]  # the native container: torchao, bitsandbytes_4bit, bitsandbytes_8bit, quanto, bitroute
+    needs: ClassVar[frozenset[str]] = frozenset()  # packages that encode and decode
+    lowest_sqnr_db: ClassVar[float]  # a healthy weight never decodes worse than this; verify fails below it
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            REGISTRY[cls.name] = cls
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Raises BackendError that lists every bad option at once."""
+        known = [option.name for option in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        problems = [
+            Problem(
+                f"backend {cls.name!r} has no option {option!r}",
+                expected=f"one of {', '.join(known)}" if known else "no options",
+                next_step=did_you_mean(option, known),
+            )
+            for option in options
+            if option not in known
+        ]
+        try:
+            backend = TypeAdapter(cls).validate_python({k: v for k, v in options.items() if k in known})
+        except ValidationError as error:
+            problems += [_bad_option(cls.name, dict(detail)) for detail in error.errors()]
+        if problems:
+            raise BackendError(problems)
+        return backend
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = {option.name: getattr(self, option.name) for option in fields}
+        return {option.name: values[option.name] for option in fields if values[option.name] != option.default}
+
+    def refuse(self, weight: TensorSpec) -> str | None:
+        """Why this format cannot hold a weight of that shape ([out, in]), or None."""
+        return None
+
+    @abstractmethod
+    def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        """Suffix → what will be stored for a weight [out, in]; exact, so that a plan needs no data."""
+
+    def rows_multiple(self, weight: TensorSpec) -> int:
+        """Every block but the last must be a multiple of so many rows."""
+        return 1
+
+    def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
+        """Look at the whole tensor once. Formats whose blocks stand alone leave `blocks` unread."""
+        return Survey()
+
+    @abstractmethod
+    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
+        """A block of rows [n, in] (bf16, fp16 or fp32, finite) → its part of each row-wise output.
+
+        Parts of consecutive blocks, concatenated along dimension 0, are the stored tensor; outputs that
+        `survey` already completed are not repeated.
+        """
+
+    @abstractmethod
+    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+        """The weight [out, in] in float32 that the stored tensors stand for."""
+
+    def record(self, weight: TensorSpec) -> NativeRecord | None:
+        """How the native container stores it, or None where only the bitroute container can run it."""
+        return None
+
+    def gpu_to_compute(self) -> str:
+        """The smallest GPU whose arithmetic units run this format; empty where any device does."""
+        return ""
+
+    def linear(
+        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
+    ) -> Tensor:
+        """x [..., in] through the stored weight, in the dtype of x."""
+        decoded = self.decode(stored, weight).to(x.dtype)
+        return functional.linear(x, decoded, None if bias is None else bias.to(x.dtype))
+
+    def attach(self, layer: nn.Linear, stored: Mapping[str, Tensor]) -> nn.Module:
+        """The layer that runs from `stored` (meta tensors while a checkpoint is being loaded)."""
+        return QuantizedLinear(self, layer, stored)
+
+    def quantize(self, weight: Tensor, statistics: Statistics = NONE) -> dict[str, Tensor]:
+        """A whole weight [out, in] at once, by the same blocks that a job would use."""
+        spec = TensorSpec(tuple(weight.shape), weight.dtype)
+        survey = self.survey(self.blocks(weight), spec, statistics)
+        parts = [self.encode(rows, survey, statistics) for rows in self.blocks(weight)]
+        rowwise = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+        return {**survey.outputs, **rowwise}
+
+    def blocks(self, weight: Tensor) -> Iterator[Tensor]:
+        spec = TensorSpec(tuple(weight.shape), weight.dtype)
+        for start, stop in self.block_bounds(spec):
+            yield weight[start:stop]
+
+    def block_bounds(self, weight: TensorSpec) -> Iterator[tuple[int, int]]:
+        """Row ranges that cover the weight, each about BLOCK_ELEMENTS elements."""
+        rows, columns = weight.shape
+        multiple = self.rows_multiple(weight)
+        step = max(multiple, BLOCK_ELEMENTS // max(columns, 1) // multiple * multiple)
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight stays in its stored form; the buffers are exactly the stored tensors."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, backend: Backend, layer: nn.Linear, stored: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.backend = backend
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.spec = TensorSpec((self.out_features, self.in_features), layer.weight.dtype)
+        self.suffixes = tuple(stored)
+        for suffix, tensor in stored.items():
+            self.register_buffer(suffix, tensor)
+        self.bias = layer.bias
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        return {suffix: self.get_buffer(suffix) for suffix in self.suffixes}
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, for code that looks at a layer's weight or its dtype."""
+        return self.backend.decode(self.stored, self.spec).to(self.spec.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backend.linear(x, self.stored, self.spec, self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves with the model but keeps the stored dtypes: a scale cast to bf16 is another weight."""
+        dtypes = {suffix: tensor.dtype for suffix, tensor in self.stored.items()}
+        before = self.stored
+        super()._apply(fn, recurse)
+        for suffix, dtype in dtypes.items():
+            if self.get_buffer(suffix).dtype != dtype:
+                setattr(self, suffix, before[suffix].to(self.get_buffer(suffix).device))
+        if self.bias is not None:
+            self.spec = TensorSpec(self.spec.shape, self.bias.dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, backend={self.backend.name}"
+
+
+def _bad_option(backend: str, detail: Mapping[str, Any]) -> Problem:
+    option = ".".join(str(part) for part in detail["loc"]) or "options"
+    return Problem(
+        f"backend {backend!r}: option {option!r} is not valid",
+        got=repr(detail["input"]),
+        expected=str(detail["msg"]),
+    )

@@ -1,0 +1,103 @@
+"""FP8 E4M3 with a scale per row or per tensor, by torchao's Float8Tensor; weight-only or with dynamic activations.
+
+s = amax / 448, q = E4M3(w / s), ŵ = q · s. An all-zero row gets the scale 1e-12 / 448 where torchao gives NaN.
+Weight-only runs wherever bf16 runs; dynamic activations compute in FP8 (CUDA compute capability 8.9 or newer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torchao.float8.inference import Float8MMConfig
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8Tensor,
+    Float8WeightOnlyConfig,
+    PerRow,
+    PerTensor,
+)
+from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+from bitroute.backends._torchao import COMPUTE_DTYPE, arithmetic_rows, native_record
+from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+AMAX_FLOOR = 1e-12  # below it a row counts as zero; also the floor of a zero activation row
+
+
+@dataclass(frozen=True)
+class Float8(Backend):
+    name = "float8"
+    family = "torchao"
+    needs = frozenset({"torchao"})
+    lowest_sqnr_db = 20.0
+
+    granularity: Literal["row", "tensor"] = "row"
+    activations: Literal["none", "dynamic"] = "none"
+
+    def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        scales = weight.shape[0] if self.granularity == "row" else 1
+        return {
+            "qdata": TensorSpec(weight.shape, E4M3),
+            "scale": TensorSpec((scales, 1), torch.float32),
+        }
+
+    def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
+        if self.granularity == "row":
+            return Survey()
+        amax = torch.stack([arithmetic_rows(rows).abs().amax() for rows in blocks]).amax().reshape(1, 1)
+        scale = Float8Tensor.from_hp(amax, E4M3, PerTensor(), hp_value_lb=AMAX_FLOOR).scale
+        return Survey(outputs={"scale": scale})
+
+    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
+        rows = arithmetic_rows(rows)
+        if self.granularity == "row":
+            encoded = Float8Tensor.from_hp(rows, E4M3, PerRow(), hp_value_lb=AMAX_FLOOR)
+            return {"qdata": encoded.qdata, "scale": encoded.scale}
+        scaled = rows.float() / survey.outputs["scale"]
+        return {"qdata": scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)}
+
+    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+        return stored["qdata"].float() * stored["scale"]
+
+    def record(self, weight: TensorSpec) -> NativeRecord:
+        stored = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                  for suffix, spec in self.outputs(weight).items()}
+        if self.activations == "none":
+            return native_record(self._tensor(stored, weight), Float8WeightOnlyConfig())
+        config = Float8DynamicActivationFloat8WeightConfig(
+            granularity=self._granularity(), activation_value_lb=AMAX_FLOOR
+        )
+        return native_record(self._tensor(stored, weight), config)
+
+    def gpu_to_compute(self) -> str:
+        return "" if self.activations == "none" else "CUDA compute capability 8.9 (Ada, RTX 40) or MI300"
+
+    def linear(
+        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
+    ) -> Tensor:
+        if self.activations == "none":
+            return super().linear(x, stored, weight, bias)
+        return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)
+
+    def _granularity(self) -> PerRow | PerTensor:
+        return PerRow() if self.granularity == "row" else PerTensor()
+
+    def _tensor(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Float8Tensor:
+        """torchao's tensor over the stored parts; mm_config may not be null when activations are quantized."""
+        block = [1, weight.shape[1]] if self.granularity == "row" else list(weight.shape)
+        if self.activations == "none":
+            return Float8Tensor(stored["qdata"], stored["scale"], block_size=block, dtype=COMPUTE_DTYPE)
+        mm_config = Float8MMConfig(use_fast_accum=True)
+        activations = QuantizeTensorToFloat8Kwargs(
+            granularity=self._granularity(), mm_config=mm_config, hp_value_lb=AMAX_FLOOR
+        )
+        return Float8Tensor(
+            stored["qdata"], stored["scale"], block_size=block, mm_config=mm_config,
+            act_quant_kwargs=activations, dtype=COMPUTE_DTYPE,
+        )

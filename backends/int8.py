@@ -1,0 +1,69 @@
+"""INT8, symmetric, a scale per row, by torchao's Int8Tensor; weight-only or with dynamic activations.
+
+s = max(amax / 127.5, eps), q = round(w / s) clamped to [-128, 127], ŵ = q · s (torchao's symmetric mapping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8Tensor,
+    Int8WeightOnlyConfig,
+    PerRow,
+)
+from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+from bitroute.backends._torchao import COMPUTE_DTYPE, arithmetic_rows, native_record
+from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+
+
+@dataclass(frozen=True)
+class Int8(Backend):
+    name = "int8"
+    family = "torchao"
+    needs = frozenset({"torchao"})
+    lowest_sqnr_db = 15.0
+
+    activations: Literal["none", "dynamic"] = "none"
+
+    def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        rows = weight.shape[0]
+        return {
+            "qdata": TensorSpec(weight.shape, torch.int8),
+            "scale": TensorSpec((rows, 1), torch.float32),
+            "zero_point": TensorSpec((rows, 1), torch.int8),
+        }
+
+    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
+        encoded = Int8Tensor.from_hp(arithmetic_rows(rows), PerRow())
+        return {"qdata": encoded.qdata, "scale": encoded.scale, "zero_point": encoded.zero_point}
+
+    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+        return stored["qdata"].float() * stored["scale"]
+
+    def record(self, weight: TensorSpec) -> NativeRecord:
+        stored = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                  for suffix, spec in self.outputs(weight).items()}
+        dynamic = self.activations == "dynamic"
+        config = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig(version=2)
+        return native_record(self._tensor(stored, weight), config)
+
+    def linear(
+        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
+    ) -> Tensor:
+        if self.activations == "none":
+            return super().linear(x, stored, weight, bias)
+        return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)
+
+    def _tensor(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Int8Tensor:
+        dynamic = self.activations == "dynamic"
+        return Int8Tensor(
+            stored["qdata"], stored["scale"], [1, weight.shape[1]], COMPUTE_DTYPE, stored["zero_point"],
+            act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None,
+        )

@@ -1,0 +1,1 @@
+"""Recipes, profiles and the bundled tiny model: data only."""
