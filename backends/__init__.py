@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["available", "create", "find"]
 
+_DISTRIBUTIONS = {"optimum": "optimum-quanto"}  # import name → what pip calls it, where they differ
 _NOT_FORMATS = {"base", "load"}
 
 
@@ -44,11 +45,11 @@ def find(name: str) -> type[Backend]:
     try:
         found: type[Backend] = _plugins()[name].load() if name in _plugins() else _own(name)
     except ImportError as error:
-        library = (error.name or "a library").partition(".")[0].replace("_", "-")
+        library = (error.name or "").partition(".")[0]
         raise BackendError(
             Problem(
                 f"backend {name!r} cannot be imported: {error}",
-                next_step=f"pip install {library}",
+                next_step=f"pip install {_DISTRIBUTIONS.get(library, library)}",
             )
         ) from error
     return found

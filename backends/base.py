@@ -42,7 +42,7 @@ class TensorSpec:
     @property
     def rows(self) -> TensorSpec:
         """The same weight as the backends see it: [out, everything else]."""
-        return TensorSpec((self.shape[0], math.prod(self.shape[1:])), self.dtype)
+        return TensorSpec((self.shape[0] if self.shape else 1, math.prod(self.shape[1:])), self.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""`python -m bitroute` is the `quantize` command."""
+
+from bitroute.cli import main
+
+main(prog_name="quantize")

@@ -1,0 +1,157 @@
+"""What NF4 and FP4 share: 4-bit codes in blocks of 64 or 128 along a row, by bitsandbytes.
+
+ŵ = table[code] · absmax of its block; two codes share a byte, the first in the high half. Double quantization
+stores absmax - mean(absmax) in 8 bits, 256 to a block: 4.127 instead of 4.5 bits per weight, and the error of
+Gaussian NF4 weights grows from 10.484 to 10.505 %. That is why it is the default.
+Source of the layout: bitsandbytes 0.50, functional.py (quantize_4bit, QuantState.as_dict and from_dict).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_blockwise,
+)
+from bitsandbytes.utils import unpack_tensor_to_dict
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+
+NESTED_BLOCK = 256  # absmax values that share a second-level absmax; bitsandbytes knows no other
+QUANT_STATE_BYTES = (
+    256  # the JSON is padded: its length depends on the digits of the mean, a plan has no data
+)
+_means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # quant_state → (its version, mean absmax)
+
+
+@dataclass(frozen=True)
+class FourBit(Backend):
+    family = "bitsandbytes_4bit"
+    needs = frozenset({"bitsandbytes"})
+    quant_type: ClassVar[Literal["nf4", "fp4"]]
+
+    double_quant: bool = True
+    block: Literal[64, 128] = 64
+
+    def refuse(self, weight: TensorSpec) -> str | None:
+        """bitsandbytes' CPU kernel decodes a row of broken blocks to garbage, without an error."""
+        if weight.shape[1] % self.block == 0:
+            return None
+        return f"bitsandbytes misreads rows of {weight.shape[1]}, which are not whole blocks of {self.block}"
+
+    def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        blocks = weight.numel // self.block
+        specs = {
+            "codes": TensorSpec((weight.numel // 2, 1), torch.uint8),
+            "absmax": TensorSpec((blocks,), torch.uint8 if self.double_quant else torch.float32),
+            "quant_map": TensorSpec((16,), torch.float32),
+            "quant_state": TensorSpec((QUANT_STATE_BYTES,), torch.uint8),
+        }
+        if self.double_quant:
+            specs["nested_absmax"] = TensorSpec((-(-blocks // NESTED_BLOCK),), torch.float32)
+            specs["nested_quant_map"] = TensorSpec((256,), torch.float32)
+        return specs
+
+    def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
+        """Everything but the codes; without double quantization `encode` gives absmax too."""
+        absmax, mean, nested = torch.empty(0), None, None
+        if self.double_quant:
+            absmax = torch.cat([rows.reshape(-1, self.block).abs().amax(dim=1).float() for rows in blocks])
+            mean = absmax.mean()
+            absmax, nested = quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
+        state = QuantState(
+            absmax=absmax,
+            shape=weight.shape,
+            code=get_4bit_type(self.quant_type, device="cpu"),
+            blocksize=self.block,
+            quant_type=self.quant_type,
+            dtype=torch.bfloat16,  # what loaders compute in
+            offset=mean,
+            state2=nested,
+        )
+        packed = state.as_dict(packed=True)
+        packed["quant_state"] = _padded(packed.pop(f"quant_state.bitsandbytes__{self.quant_type}"))
+        return Survey(
+            outputs={name: packed[name] for name in packed if self.double_quant or name != "absmax"}
+        )
+
+    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
+        codes, state = quantize_4bit(rows, blocksize=self.block, quant_type=self.quant_type)
+        return {"codes": codes} if self.double_quant else {"codes": codes, "absmax": state.absmax}
+
+    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+        decoded: Tensor = dequantize_4bit(stored["codes"], self.quant_state(stored, weight, torch.float32))
+        return decoded
+
+    def record(self, weight: TensorSpec) -> NativeRecord:
+        names = {suffix: f"weight.{suffix}" for suffix in self.outputs(weight)}
+        names |= {"codes": "weight", "quant_state": f"weight.quant_state.bitsandbytes__{self.quant_type}"}
+        config = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+        }
+        return NativeRecord(names=names, config=config)
+
+    def linear(
+        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
+    ) -> Tensor:
+        if not x.is_cuda:
+            return super().linear(x, stored, weight, bias)
+        bias = None if bias is None else bias.to(x.dtype)
+        result: Tensor = bnb.matmul_4bit(
+            x, stored["codes"], self.quant_state(stored, weight, x.dtype), bias=bias
+        )
+        return result
+
+    def quant_state(self, stored: Mapping[str, Tensor], weight: TensorSpec, dtype: torch.dtype) -> QuantState:
+        """bitsandbytes' view of the stored tensors, which decodes to `dtype`."""
+        nested = None
+        if self.double_quant:
+            nested = QuantState(
+                absmax=stored["nested_absmax"],
+                code=stored["nested_quant_map"],
+                blocksize=NESTED_BLOCK,
+                dtype=torch.float32,
+            )
+        return QuantState(
+            absmax=stored["absmax"],
+            shape=torch.Size(weight.shape),
+            code=stored["quant_map"],
+            blocksize=self.block,
+            quant_type=self.quant_type,
+            dtype=dtype,
+            offset=_mean_absmax(stored["quant_state"]) if self.double_quant else None,
+            state2=nested,
+        )
+
+
+def _padded(quant_state: Tensor) -> Tensor:
+    """JSON readers skip the spaces that fill it up."""
+    padded = torch.full((QUANT_STATE_BYTES,), ord(" "), dtype=torch.uint8)
+    padded[: len(quant_state)] = quant_state
+    return padded
+
+
+def _mean_absmax(quant_state: Tensor) -> Tensor:
+    """The number that hides in the JSON, read once per tensor: every reading would wait for the GPU."""
+    version = 0 if quant_state.is_inference() else quant_state._version
+    if quant_state not in _means or _means[quant_state][0] != version:
+        mean = unpack_tensor_to_dict(quant_state)["nested_offset"]
+        _means[quant_state] = version, torch.tensor(mean, dtype=torch.float32, device=quant_state.device)
+    found: Tensor = _means[quant_state][1]
+    return found

@@ -1,0 +1,165 @@
+"""The elements of block formats: rounding, packing, reading back, and the choice of a block's scale by its error.
+
+Sources: OCP Microscaling Formats (MX) v1.0, sections 5.3 and 6.3; the codes are those of torchao 0.18,
+torchao/prototype/mx_formats (nearest, ties to even, saturating). Packing assumes a little-endian machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitroute.backends.base import BLOCK_ELEMENTS
+
+_F32_MANTISSA_BITS = 23
+_F32_BIAS = 127
+_F16_MANTISSA_BITS = 10
+_F16_BIAS = 15
+_MAGNITUDE = 0x7FFFFFFF
+_EXPONENT = 0x7F800000
+
+
+@dataclass(frozen=True)
+class Element:
+    """A small sign-magnitude float without infinities."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    max: float
+    dtype: torch.dtype  # of the stored tensor; uint8 where several elements share bytes
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def bias(self) -> int:
+        return int(2 ** (self.exponent_bits - 1)) - 1
+
+    @property
+    def max_exponent(self) -> int:
+        """floor(log2(max)): `emax` of the OCP specification."""
+        return math.frexp(self.max)[1] - 1
+
+    def columns(self, elements: int) -> int:
+        """Stored columns of a row of so many elements."""
+        return elements * self.bits // 8
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """float32 → the nearest representable float32, ties to even, saturating; a zero loses its sign.
+
+        Adding and subtracting 1.5 · 2^(23 - mantissa bits) times a value's own power of two rounds its mantissa.
+        """
+        values = values.clamp(-self.max, self.max)
+        anchor = values.view(torch.int32) & _EXPONENT
+        anchor.clamp_(min=(_F32_BIAS + 1 - self.bias) << _F32_MANTISSA_BITS)  # subnormals share one step
+        anchor.add_(((_F32_MANTISSA_BITS - self.mantissa_bits) << _F32_MANTISSA_BITS) + (1 << 22))
+        anchor = anchor.view(torch.float32)
+        return values.add_(anchor).sub_(anchor)
+
+    def store(self, values: Tensor) -> Tensor:
+        """float32 [..., n], already divided by their scale → stored elements [..., columns(n)]."""
+        if self.dtype != torch.uint8:
+            return values.clamp(-self.max, self.max).to(self.dtype)
+        rounded = self.nearest(values).copysign_(values).mul_(2.0 ** (self.bias - _F16_BIAS))
+        half = rounded.half().view(torch.int16)  # exact, and its bits are the code with a wider mantissa
+        codes = (half >> (_F16_MANTISSA_BITS - self.mantissa_bits)).bitwise_and_(self._magnitude)
+        codes |= (half >> (16 - self.bits)).bitwise_and_(self._sign)
+        return _pack_nibbles(codes) if self.bits == 4 else _pack_sixes(codes)
+
+    def load(self, stored: Tensor) -> Tensor:
+        """Stored elements [..., columns(n)] → float32 [..., n], not yet multiplied by their scale."""
+        codes = self.codes(stored).to(torch.int16)
+        half = (codes & self._magnitude).bitwise_left_shift_(_F16_MANTISSA_BITS - self.mantissa_bits)
+        half |= (codes << (16 - self.bits)).bitwise_and_(-0x8000)
+        return half.view(torch.float16).float().mul_(2.0 ** (_F16_BIAS - self.bias))
+
+    def codes(self, stored: Tensor) -> Tensor:
+        """Stored elements [..., columns(n)] → their codes, uint8 [..., n]."""
+        unpack = {4: _unpack_nibbles, 6: _unpack_sixes}.get(self.bits)
+        return unpack(stored) if unpack else stored.view(torch.uint8)
+
+    @property
+    def _magnitude(self) -> int:
+        return self._sign - 1
+
+    @property
+    def _sign(self) -> int:
+        return 1 << (self.bits - 1)
+
+
+E2M1 = Element("e2m1", 2, 1, 6.0, torch.uint8)
+E2M3 = Element("e2m3", 2, 3, 7.5, torch.uint8)
+E3M2 = Element("e3m2", 3, 2, 28.0, torch.uint8)
+E4M3 = Element("e4m3", 4, 3, 448.0, torch.float8_e4m3fn)
+E5M2 = Element("e5m2", 5, 2, 57344.0, torch.float8_e5m2)
+
+
+def in_blocks(rows: Tensor, size: int) -> Tensor:
+    """[n, k] of any float dtype → float32 [n, k / size, size]."""
+    return rows.float().reshape(rows.shape[0], -1, size)
+
+
+def block_amax(blocks: Tensor) -> Tensor:
+    """float32 [..., size] → largest magnitudes [...]; as integers, which order alike and reduce faster."""
+    return (blocks.view(torch.int32) & _MAGNITUDE).amax(-1).view(torch.float32)
+
+
+def squared_error(blocks: Tensor, reciprocals: Tensor, element: Element, weights: Tensor | None) -> Tensor:
+    """Σ weight · (y - nearest(y))² per block for y = block · reciprocal, so in units of the squared scale.
+
+    blocks [n, b, size], reciprocals [n, b], weights [b, size] or None → [n, b].
+    """
+    scaled = blocks * reciprocals.unsqueeze(-1)
+    error = scaled.sub_(element.nearest(scaled)).square_()
+    return (error if weights is None else error.mul_(weights)).sum(-1)
+
+
+def block_weights(second_moment: Tensor | None, size: int, device: torch.device) -> Tensor | None:
+    """E[x²] per input channel [in] as the weights of `squared_error` [in / size, size]."""
+    return None if second_moment is None else second_moment.to(device, torch.float32).reshape(-1, size)
+
+
+def least_error(candidates: Sequence[Tensor], error: Callable[[Tensor], Tensor]) -> Tensor:
+    """Per block the candidate with the least error; the first one unless another is strictly better."""
+    best, best_error = candidates[0], error(candidates[0])
+    for candidate in candidates[1:]:
+        candidate_error = error(candidate)
+        best = torch.where(candidate_error < best_error, candidate, best)
+        best_error = torch.minimum(candidate_error, best_error)
+    return best
+
+
+def by_row_blocks(rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """`work` on cache-sized blocks of rows [n, k], joined."""
+    return torch.cat([work(block) for block in torch.split(rows, max(1, BLOCK_ELEMENTS // rows.shape[1]))])
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """int16 codes [..., n] → uint8 [..., n / 2], the even element in the low nibble."""
+    pairs = codes.view(torch.int32)
+    return (pairs >> 12).bitwise_or_(pairs).to(torch.uint8)
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    wide = packed.to(torch.int16)
+    return (wide & 0x0F).bitwise_or_((wide & 0xF0) << 4).view(torch.uint8)
+
+
+def _pack_sixes(codes: Tensor) -> Tensor:
+    """int16 codes [..., n] → uint8 [..., 3n / 4]: four are a 24-bit little-endian number, the first lowest."""
+    fours = codes.to(torch.uint8).view(torch.int32)
+    joined = (fours & 0x3F) | (fours >> 2 & 0xFC0) | (fours >> 4 & 0x3F000) | (fours >> 6 & 0xFC0000)
+    return joined.view(torch.uint8).unflatten(-1, (-1, 4))[..., :3].flatten(-2)
+
+
+def _unpack_sixes(packed: Tensor) -> Tensor:
+    joined = functional.pad(packed.unflatten(-1, (-1, 3)), (0, 1)).view(torch.int32).squeeze(-1)
+    fours = (joined & 0x3F) | (joined & 0xFC0) << 2 | (joined & 0x3F000) << 4 | (joined & 0xFC0000) << 6
+    return fours.view(torch.uint8)

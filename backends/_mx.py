@@ -1,0 +1,185 @@
+"""OCP Microscaling: blocks of 32 along the input axis that share a power-of-two scale (E8M0).
+
+ŵ = element · 2^(byte - 127). The byte follows from the block's amax by one of torchao 0.18's rules
+(torchao/prototype/mx_formats/mx_tensor.py, to_mx), bit for bit, or by our search:
+
+    absmax  floor(log2 amax) - emax, the OCP default; the largest elements may saturate (torchao FLOOR)
+    even    the same after rounding amax to the element's mantissa (EVEN)
+    ceil    ceil(log2 amax) - emax (CEIL)
+    rceil   ceil(log2(amax / element max)), nothing saturates; NVIDIA's rule (RCEIL)
+    mse     of absmax, one more and one less the least squared error, weighted by the input's second moment where
+            statistics have it; absmax unless another is strictly better
+
+An all-zero block has byte 0. Two things are as in torchao: blocks below 2^-124 encode by 2^-126 where byte 0
+decodes by 2^-127, and rceil encodes such blocks unscaled.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from bitroute.backends._elements import (
+    E2M1,
+    E4M3,
+    E5M2,
+    Element,
+    block_amax,
+    block_weights,
+    by_row_blocks,
+    in_blocks,
+    least_error,
+    squared_error,
+)
+from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+
+BLOCK = 32
+E8M0 = torch.float8_e8m0fnu
+_BIAS = 127
+
+_ACTIVATIONS = {"mxfp4": E2M1, "mxfp8": E4M3}
+_TORCHAO_DTYPES = {E2M1: torch.float4_e2m1fn_x2, E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
+
+Rule = Literal["absmax", "even", "ceil", "rceil", "mse"]
+
+
+@dataclass(frozen=True)
+class MX(Backend):
+    """What the MX formats share; a format adds its elements and names the activations it knows.
+
+    Quantized activations are emulated on any device: the input is quantized by the rceil rule and decoded,
+    and the matrix product runs in the input's dtype with torch's float32 accumulation.
+    """
+
+    family = "torchao"
+
+    scale: Rule = "absmax"
+    activations: Literal["none", "mxfp4", "mxfp8"] = "none"
+
+    @property
+    @abstractmethod
+    def weight_element(self) -> Element: ...
+
+    @property
+    def activation_element(self) -> Element | None:
+        return _ACTIVATIONS.get(self.activations)
+
+    def refuse(self, weight: TensorSpec) -> str | None:
+        columns = weight.shape[1]
+        return f"{columns} input features are not a multiple of {BLOCK}" if columns % BLOCK else None
+
+    def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        rows, columns = weight.shape
+        element = self.weight_element
+        return {
+            "qdata": TensorSpec((rows, element.columns(columns)), element.dtype),
+            "scale": TensorSpec((rows, columns // BLOCK), E8M0),
+        }
+
+    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
+        element = self.weight_element
+        blocks = in_blocks(rows, BLOCK)
+        if self.scale == "mse":
+            exponents = _search(blocks, element, block_weights(statistics.second_moment, BLOCK, rows.device))
+        else:
+            exponents = _exponents(block_amax(blocks), element, self.scale)
+        qdata = element.store(blocks.mul(_reciprocals(exponents, self.scale).unsqueeze(-1)))
+        return {"qdata": qdata.flatten(1), "scale": exponents.to(torch.uint8).view(E8M0)}
+
+    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+        parts = []
+        for start, stop in self.block_bounds(weight):
+            elements = in_blocks(self.weight_element.load(stored["qdata"][start:stop]), BLOCK)
+            parts.append(elements.mul_(stored["scale"][start:stop].float().unsqueeze(-1)).flatten(1))
+        return torch.cat(parts)
+
+    def record(self, weight: TensorSpec) -> NativeRecord | None:
+        """torchao's MXTensor with emulated activations; None without them, as torchao has no such forward.
+
+        Nor can it transpose a single row. Its config knows one element for both sides; other pairs have an empty
+        one and run by their header.
+        """
+        weight_dtype = _TORCHAO_DTYPES.get(self.weight_element)
+        if weight_dtype is None or self.activation_element is None or weight.shape[0] == 1:
+            return None
+        from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig
+        from torchao.prototype.mx_formats.config import ScaleCalculationMode
+        from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+        from torchao.quantization.quantize_.common import KernelPreference
+
+        from bitroute.backends._torchao import COMPUTE_DTYPE, native_record
+
+        activation_dtype = _TORCHAO_DTYPES[self.activation_element]
+        shared = {
+            "block_size": BLOCK,
+            "kernel_preference": KernelPreference.EMULATED,
+            "scaling_mode": ScaleCalculationMode.RCEIL,
+        }
+        tensor = MXTensor(
+            **{
+                suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                for suffix, spec in self.outputs(weight).items()
+            },
+            elem_dtype=weight_dtype,
+            block_size=BLOCK,
+            orig_dtype=COMPUTE_DTYPE,
+            kernel_preference=KernelPreference.EMULATED,
+            act_quant_kwargs=QuantizeTensorToMXKwargs(elem_dtype=activation_dtype, **shared),
+            is_swizzled_scales=False,
+        )
+        config = MXDynamicActivationMXWeightConfig(
+            activation_dtype=activation_dtype, weight_dtype=activation_dtype, **shared
+        )
+        record = native_record(tensor, config)
+        return record if activation_dtype == weight_dtype else replace(record, config={})
+
+    def linear(
+        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
+    ) -> Tensor:
+        if self.activation_element is not None:
+            x = quantized(x, self.activation_element)
+        return super().linear(x, stored, weight, bias)
+
+
+def quantized(x: Tensor, element: Element) -> Tensor:
+    """x [..., in] as MX with the rceil rule makes it, in its own dtype."""
+
+    def through(rows: Tensor) -> Tensor:
+        blocks = in_blocks(rows, BLOCK)
+        exponents = _exponents(block_amax(blocks), element, "rceil")
+        elements = element.nearest(blocks.mul(_reciprocals(exponents, "rceil").unsqueeze(-1)))
+        return (
+            elements.mul_(exponents.to(torch.uint8).view(E8M0).float().unsqueeze(-1)).flatten(1).to(x.dtype)
+        )
+
+    return by_row_blocks(x.reshape(-1, x.shape[-1]), through).reshape(x.shape)
+
+
+def _exponents(amax: Tensor, element: Element, rule: str) -> Tensor:
+    """Biased exponent of each block's scale, int32 in [0, 253]."""
+    if rule == "rceil":
+        return (amax / element.max).log2_().ceil_().clamp_(min=-_BIAS).add_(_BIAS).to(torch.int32)
+    round_up = {"absmax": 0, "even": 1 << (22 - element.mantissa_bits), "ceil": (1 << 23) - 1}[rule]
+    return ((amax.view(torch.int32) + round_up) >> 23).sub_(element.max_exponent).clamp_(min=0)
+
+
+def _reciprocals(exponents: Tensor, rule: str) -> Tensor:
+    """2^(127 - exponent), float32, with torchao's two exceptions for exponent 0."""
+    powers = ((2 * _BIAS - exponents.clamp(min=1)) << 23).view(torch.float32)
+    return powers.masked_fill_(exponents == 0, 1.0) if rule == "rceil" else powers
+
+
+def _search(blocks: Tensor, element: Element, weights: Tensor | None) -> Tensor:
+    floor = _exponents(block_amax(blocks), element, "absmax")
+
+    def error(exponents: Tensor) -> Tensor:
+        units = squared_error(blocks, _reciprocals(exponents, "mse"), element, weights)
+        return torch.ldexp(units, 2 * (exponents.clamp(min=1) - floor.clamp(min=1)))
+
+    return least_error([floor, floor + 1, (floor - 1).clamp_(min=0)], error)

@@ -1,0 +1,62 @@
+"""The bitroute quantizer for transformers (5.23: quantizers/base.py, core_model_loading.py)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitroute.backends import load
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class BitrouteConfig(load.Manifest, QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a transformers component."""
+
+
+class BitrouteQuantizer(HfQuantizer):  # type: ignore[misc]
+    is_trainable = False
+
+    def __init__(self, quantization_config: BitrouteConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        load.refuse_unquantized(self.pre_quantized)
+        self.backends = quantization_config.backends()
+        self.stored: frozenset[str] = frozenset()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """`dtype="auto"` without a dtype in config.json takes that of the first tensor, maybe a stored one."""
+        return dtype if dtype in COMPUTE_DTYPES else self.quantization_config.dtype
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        if self.stored.isdisjoint(converter.target_patterns):
+            found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+            return found
+        return None
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        float32 = model._get_dtype_plan(model.config.dtype)
+        self.stored = load.attach(model, self.backends, checkpoint_files, float32)
+        for name in self.backends:
+            # or transformers decodes every weight, only to fill the copy with random numbers
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        load.dequantize(model, None if dtype == model.config.dtype else dtype)
+        plain: nn.Module = model
+        return plain
+
+
+def register(tables: ModuleType) -> None:
+    """Adds the two classes to `transformers.quantizers.auto`."""
+    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[load.QuantMethod.BITROUTE.value] = BitrouteConfig
+    tables.AUTO_QUANTIZER_MAPPING[load.QuantMethod.BITROUTE.value] = BitrouteQuantizer

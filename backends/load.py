@@ -1,0 +1,234 @@
+"""The bitroute container as diffusers and transformers load it: what their two quantizers share.
+
+`config.json` names the backend of each quantized layer L, and the weight files hold `L.<suffix>` for every output
+of that backend. Stored tensors stay as they are, whatever dtype the model is loaded in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from bitroute.backends import create
+from bitroute.backends.base import Backend, QuantizedLinear, TensorSpec
+from bitroute.errors import Problem, SourceError
+
+FORMAT_VERSION = 1
+WHERE = "quantization_config"
+SHOWN = 20  # problems of one checkpoint that an error lists
+CODES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class QuantMethod(str, Enum):  # noqa: UP042 - the libraries compare it with plain strings and also read `.value`
+    BITROUTE = "bitroute"
+
+
+class Manifest:
+    """`quantization_config` as it stands in config.json; keys that this version does not know are kept.
+
+    Raises:
+        SourceError: written by another version of bitroute.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]] = (),
+        compute_dtype: str = "bfloat16",
+        format_version: int = FORMAT_VERSION,
+        **others: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise SourceError(
+                Problem(
+                    "the checkpoint was written by another version of bitroute",
+                    WHERE,
+                    got=f"format_version {format_version!r}",
+                    expected=f"format_version {FORMAT_VERSION}",
+                    next_step="pip install -U bitroute",
+                )
+            )
+        self.__dict__.update(others)
+        self.quant_method = QuantMethod.BITROUTE
+        self.format_version = format_version
+        self.compute_dtype = compute_dtype
+        self.groups = groups
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**copy.deepcopy(self.__dict__), "quant_method": self.quant_method.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in where its user names no dtype."""
+        found = getattr(torch, str(self.compute_dtype), None)
+        if not isinstance(found, torch.dtype):
+            raise _malformed(f"compute_dtype {self.compute_dtype!r}", "the name of a torch dtype")
+        return found
+
+    def backends(self) -> dict[str, Backend]:
+        """Layer → backend. Imports them: under `torch.device("meta")` their tables would lose their values."""
+        found: dict[str, Backend] = {}
+        for group in self.groups:
+            try:
+                backend, layers = create(group["backend"], **group["options"]), group["layers"]
+            except (KeyError, TypeError) as error:
+                raise _malformed(repr(group)[:200], "a mapping with backend, options and layers") from error
+            for layer in layers:
+                if layer in found:
+                    raise _malformed(f"layer {layer!r} twice", "every layer in one group")
+                found[layer] = backend
+        return found
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A linear layer of the model on the meta device, and what the checkpoint holds in its place."""
+
+    name: str
+    linear: nn.Linear
+    backend: Backend
+
+    @property
+    def outputs(self) -> dict[str, TensorSpec]:
+        return self.backend.outputs(_spec(self.linear))
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {f"{self.name}.{suffix}": spec for suffix, spec in self.outputs.items()}
+
+
+def refuse_unquantized(pre_quantized: bool) -> None:
+    """A quantizer is asked to quantize a model while it loads."""
+    if not pre_quantized:
+        raise SourceError(
+            Problem(
+                "bitroute does not quantize while loading, and this model is not quantized",
+                expected="a checkpoint whose config.json says quant_method bitroute",
+                next_step="quantize --recipe RECIPE --model MODEL, then load the folder that it writes",
+            )
+        )
+
+
+def attach(
+    model: nn.Module,
+    backends: Mapping[str, Backend],
+    files: Sequence[str] | None = None,
+    float32: Iterable[str] = (),
+) -> frozenset[str]:
+    """Puts each layer's stored form, on the meta device, in the place of its nn.Linear.
+
+    Args:
+        files: the checkpoint's weight files; their headers are compared with what the backends expect.
+        float32: names of modules that the model class wants to compute in float32.
+
+    Returns:
+        The names of the stored tensors, which must be loaded without a cast.
+
+    Raises:
+        SourceError: a layer that is missing or not linear, or a tensor that is missing or has another shape or dtype.
+    """
+    layers = _find_layers(model, backends)
+    expected = {name: spec for layer in layers for name, spec in layer.tensors.items()}
+    if files is not None:
+        found = _read_headers(files, getattr(model, "base_model_prefix", ""))
+        _raise_all(problem for layer in layers for problem in _differences(layer, found))
+    for layer in layers:
+        if not set(layer.name.split(".")).isdisjoint(float32):
+            layer.linear.to(torch.float32)
+        stored = {
+            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for suffix, spec in layer.outputs.items()
+        }
+        model.set_submodule(layer.name, layer.backend.attach(layer.linear, stored))
+    return frozenset(expected)
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Puts nn.Linear layers with decoded weights back, in `dtype` or in what each layer computes in."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            target = dtype or layer.spec.dtype
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(layer.backend.decode(layer.stored, layer.spec).to(target))
+            plain.bias = layer.bias if layer.bias is None else nn.Parameter(layer.bias.to(target))
+            model.set_submodule(name, plain)
+
+
+def _find_layers(model: nn.Module, backends: Mapping[str, Backend]) -> list[StoredLayer]:
+    """Layers whose backend stores the weight under its own name stay plain: the library loads them."""
+    found = [_find_layer(model, name, backend) for name, backend in backends.items()]
+    _raise_all(layer for layer in found if isinstance(layer, Problem))
+    layers = [layer for layer in found if isinstance(layer, StoredLayer)]
+    return [layer for layer in layers if "weight" not in layer.outputs]
+
+
+def _find_layer(model: nn.Module, name: str, backend: Backend) -> StoredLayer | Problem:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return Problem(
+            f"{type(model).__name__} has no layer {name!r}",
+            WHERE,
+            got=f"backend {backend.name!r} for it",
+            next_step="load with the model class and the library versions that the checkpoint was made with",
+        )
+    if not isinstance(module, nn.Linear):
+        return Problem(f"layer {name!r} is not linear", WHERE, type(module).__name__, expected="Linear")
+    refusal = backend.refuse(_spec(module))
+    if refusal:
+        return Problem(f"backend {backend.name!r} cannot hold layer {name!r}", WHERE, got=refusal)
+    return StoredLayer(name, module, backend)
+
+
+def _read_headers(files: Sequence[str], prefix: str) -> dict[str, str]:
+    """Tensor name → its dtype and shape in words; older transformers files carry the base model's prefix."""
+    found = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise SourceError(Problem("the weights are not in safetensors", str(file)))
+        with safe_open(file, framework="numpy") as header:  # torch's would follow the default device, meta
+            for name in header.keys():  # noqa: SIM118 - no mapping
+                tensor = header.get_slice(name)
+                found[name.removeprefix(f"{prefix}.")] = f"{tensor.get_dtype()} {tensor.get_shape()}"
+                found[name] = found[name.removeprefix(f"{prefix}.")]
+    return found
+
+
+def _differences(layer: StoredLayer, found: Mapping[str, str]) -> Iterator[Problem]:
+    for name, spec in layer.tensors.items():
+        expected = f"{CODES.get(spec.dtype, spec.dtype)} {list(spec.shape)}"
+        if found.get(name) != expected:
+            yield Problem(
+                f"tensor {name!r} of layer {layer.name!r} does not fit its backend {layer.backend.name!r}",
+                got=found.get(name, "no such tensor in the weight files"),
+                expected=expected,
+                next_step="the checkpoint is damaged or was edited: download or write it again",
+            )
+
+
+def _raise_all(problems: Iterable[Problem]) -> None:
+    listed = list(problems)
+    if listed:
+        raise SourceError(listed[:SHOWN])
+
+
+def _spec(linear: nn.Linear) -> TensorSpec:
+    return TensorSpec(tuple(linear.weight.shape), linear.weight.dtype)
+
+
+def _malformed(got: str, expected: str) -> SourceError:
+    return SourceError(Problem("the quantization config is malformed", WHERE, got, expected))

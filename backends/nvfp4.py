@@ -1,0 +1,198 @@
+"""NVFP4: E2M1 elements, an E4M3 scale per 16 of them along the input axis and a float32 scale per tensor.
+
+g = amax / (448 · 6), s = E4M3(block amax / 6 / g) in [2^-6, 448], q = E2M1(w · (1 / g) / s), ŵ = q · (g · s):
+bit for bit torchao 0.18's two-level NVFP4Tensor (torchao/prototype/mx_formats/nvfp4_tensor.py), except that g
+is at least 2^-120, so that a tensor of zeros decodes to zeros where torchao gives NaN. The block scales:
+
+    absmax          as above
+    mse             of the E4M3 numbers from 2 below s to 6 above, all that ever win, the one with the least squared
+                    error, weighted by the input's second moment where statistics have it; s unless another is
+                    strictly better
+    four-over-six   g = amax / (256 · 6), and per block s or 1.5 · s, which maps amax to 4 instead of 6, whichever
+                    has the lower squared error (arXiv 2512.02010)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from bitroute.backends._elements import (
+    E2M1,
+    E4M3,
+    block_amax,
+    block_weights,
+    by_row_blocks,
+    in_blocks,
+    least_error,
+    squared_error,
+)
+from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+
+BLOCK = 16
+SMALLEST_BLOCK_SCALE = 2.0**-6  # E4M3's smallest normal number
+SMALLEST_TENSOR_SCALE = 2.0**-120  # 1 / (tensor scale · block scale) must stay finite
+SEARCH = (
+    -1,
+    1,
+    -2,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # steps of the E4M3 scale; on normal and heavy-tailed weights no other ever won
+
+
+@dataclass(frozen=True)
+class NVFP4(Backend):
+    """NVFP4 weights, and activations if asked.
+
+    Quantized activations are emulated on any device: the input is quantized with a tensor scale from its own amax
+    and decoded, and the matrix product runs in the input's dtype with torch's float32 accumulation.
+    """
+
+    name = "nvfp4"
+    family = "torchao"
+    needs = frozenset({"torchao"})
+    lowest_sqnr_db = 10.0
+
+    scale: Literal["absmax", "mse", "four-over-six"] = "absmax"
+    activations: Literal["none", "nvfp4"] = "none"
+
+    def refuse(self, weight: TensorSpec) -> str | None:
+        columns = weight.shape[1]
+        return f"{columns} input features are not a multiple of {BLOCK}" if columns % BLOCK else None
+
+    def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        rows, columns = weight.shape
+        return {
+            "qdata": TensorSpec((rows, E2M1.columns(columns)), E2M1.dtype),
+            "scale": TensorSpec((rows, columns // BLOCK), E4M3.dtype),
+            "per_tensor_scale": TensorSpec((), torch.float32),
+        }
+
+    def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
+        amax = torch.stack([rows.abs().amax() for rows in blocks]).amax()
+        largest = 256.0 if self.scale == "four-over-six" else E4M3.max
+        return Survey(outputs={"per_tensor_scale": _tensor_scale(amax, largest)})
+
+    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
+        tensor_scale = survey.outputs["per_tensor_scale"]
+        blocks = in_blocks(rows, BLOCK)
+        candidates = self._candidates(_ideal_scales(blocks, tensor_scale))
+        weights = block_weights(statistics.second_moment, BLOCK, rows.device)
+
+        def error(scales: Tensor) -> Tensor:
+            units = squared_error(blocks, _reciprocals(scales, tensor_scale), E2M1, weights)
+            return units.mul_(scales).mul_(scales)
+
+        scales = least_error(candidates, error) if len(candidates) > 1 else candidates[0]
+        qdata = E2M1.store(blocks * _reciprocals(scales, tensor_scale).unsqueeze(-1))
+        return {"qdata": qdata.flatten(1), "scale": scales.to(E4M3.dtype)}
+
+    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+        parts = []
+        for start, stop in self.block_bounds(weight):
+            scales = stored["per_tensor_scale"] * E4M3.load(stored["scale"][start:stop])
+            elements = in_blocks(E2M1.load(stored["qdata"][start:stop]), BLOCK)
+            parts.append(elements.mul_(scales.unsqueeze(-1)).flatten(1))
+        return torch.cat(parts)
+
+    def record(self, weight: TensorSpec) -> NativeRecord | None:
+        """None for quantized activations where torch's FP4 product refuses the shape.
+
+        torch._scaled_mm wants outputs and packed inputs in multiples of 16, and packs two inputs to a byte.
+        """
+        from torchao.prototype.mx_formats import (
+            NVFP4DynamicActivationNVFP4WeightConfig,
+            NVFP4WeightOnlyConfig,
+        )
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
+
+        from bitroute.backends._torchao import COMPUTE_DTYPE, native_record
+
+        rows, columns = weight.shape
+        quantized_activations = self.activations == "nvfp4"
+        if quantized_activations and (rows % 16 or columns % 32):
+            return None
+        config = (
+            NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False)
+            if quantized_activations
+            else NVFP4WeightOnlyConfig()
+        )
+        activations = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
+        stored = {
+            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for suffix, spec in self.outputs(weight).items()
+        }
+        tensor = NVFP4Tensor(
+            **stored,
+            block_size=BLOCK,
+            orig_dtype=COMPUTE_DTYPE,
+            act_quant_kwargs=activations if quantized_activations else None,
+        )
+        return native_record(tensor, config)
+
+    def gpu_to_compute(self) -> str:
+        return "" if self.activations == "none" else "CUDA compute capability 10.0 (Blackwell)"
+
+    def linear(
+        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
+    ) -> Tensor:
+        return super().linear(x if self.activations == "none" else quantized(x), stored, weight, bias)
+
+    def _candidates(self, ideal: Tensor) -> list[Tensor]:
+        """The E4M3 block scales to try, as float32; the plain one first."""
+        plain = _e4m3(ideal)
+        if self.scale == "four-over-six":
+            return [plain, _e4m3(ideal * 1.5)]
+        if self.scale == "absmax":
+            return [plain]
+        codes = plain.to(E4M3.dtype).view(torch.uint8).to(torch.int16)
+        lowest, highest = _code(SMALLEST_BLOCK_SCALE), _code(E4M3.max)
+        return [
+            plain,
+            *(E4M3.load((codes + step).clamp_(lowest, highest).to(torch.uint8)) for step in SEARCH),
+        ]
+
+
+def quantized(x: Tensor) -> Tensor:
+    """x [..., in] as NVFP4 with a scale from its own amax makes it, in its own dtype."""
+    if x.numel() == 0:
+        return x
+    tensor_scale = _tensor_scale(x.abs().amax(), E4M3.max)
+
+    def through(rows: Tensor) -> Tensor:
+        blocks = in_blocks(rows, BLOCK)
+        scales = _e4m3(_ideal_scales(blocks, tensor_scale))
+        elements = E2M1.nearest(blocks * _reciprocals(scales, tensor_scale).unsqueeze(-1))
+        return elements.mul_((tensor_scale * scales).unsqueeze(-1)).flatten(1).to(x.dtype)
+
+    return by_row_blocks(x.reshape(-1, x.shape[-1]), through).reshape(x.shape)
+
+
+def _tensor_scale(amax: Tensor, largest_block_scale: float) -> Tensor:
+    return (amax.float() / (largest_block_scale * E2M1.max)).clamp_(min=SMALLEST_TENSOR_SCALE)
+
+
+def _ideal_scales(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Block scales before rounding: amax → 6."""
+    return block_amax(blocks) / E2M1.max / tensor_scale
+
+
+def _reciprocals(scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    """1 / (tensor scale · block scale) in torchao's order of operations."""
+    return (1.0 / tensor_scale) / scales
+
+
+def _e4m3(scales: Tensor) -> Tensor:
+    return E4M3.nearest(scales.clamp(min=SMALLEST_BLOCK_SCALE))
+
+
+def _code(scale: float) -> int:
+    return int(torch.tensor(scale).to(E4M3.dtype).view(torch.uint8))

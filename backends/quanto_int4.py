@@ -1,0 +1,80 @@
+"""INT4, affine, groups of 128 where they fit the rows, by optimum-quanto's qint4.
+
+s = (max - min) / 15, shift = -min, q = round((w + shift) / s), ŵ = q · s - shift; scale and shift in bf16.
+A byte holds the codes of two groups that lie half the tensor apart, so `survey` completes every output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import torch
+from optimum.quanto import MaxOptimizer, qint4
+from optimum.quanto.tensor.packed import pack_weights
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from bitroute.backends._quanto import COMPUTE_DTYPE, Quanto, divisor
+from bitroute.backends.base import NONE, Statistics, Survey, TensorSpec
+
+GROUP = 128  # columns that share a scale, where they divide the row
+
+
+@dataclass(frozen=True)
+class QuantoInt4(Quanto):
+    name = "quanto-int4"
+    weights_dtype = "int4"
+    names: ClassVar[Mapping[str, str]] = {
+        "data": "weight._data._data",
+        "scale": "weight._scale",
+        "shift": "weight._shift",
+    }
+    lowest_sqnr_db = 8.0
+
+    def refuse(self, weight: TensorSpec) -> str | None:
+        """torch's int4 kernel, which quanto packs groups of 128 for, takes 16 rows at a time."""
+        rows, columns = weight.shape
+        if columns > GROUP and columns % GROUP == 0 and rows % 16:
+            return f"optimum-quanto runs groups of {GROUP} in sixteens of rows, which {rows} is not"
+        return super().refuse(weight)
+
+    def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
+        size = group_size(weight.shape[1])
+        groups = weight.numel // size
+        return {
+            "data": TensorSpec(((groups + 1) // 2, size), torch.uint8),
+            "scale": TensorSpec((groups, 1), COMPUTE_DTYPE),
+            "shift": TensorSpec((groups, 1), COMPUTE_DTYPE),
+            **super().outputs(weight),
+        }
+
+    def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
+        size = group_size(weight.shape[1])
+        parts = [_encode(rows.to(COMPUTE_DTYPE).reshape(-1, size)) for rows in blocks]
+        codes, scale, shift = (torch.cat(part) for part in zip(*parts, strict=True))
+        outputs = {"data": pack_weights(codes, bits=4), "scale": scale, "shift": shift}
+        return Survey(outputs={**super().survey((), weight).outputs, **outputs})
+
+    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
+        return {}
+
+    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+        scale = stored["scale"].float()
+        codes = torch.cat([stored["data"] & 15, stored["data"] >> 4])[: len(scale)]
+        return (codes * scale - stored["shift"].float()).reshape(weight.shape)
+
+
+def group_size(columns: int) -> int:
+    """128, 96, 64 or 32, the first that divides a row longer than 128, else the row (QModuleMixin)."""
+    sizes = [size for size in (GROUP, 96, 64, 32) if columns > GROUP and columns % size == 0]
+    return sizes[0] if sizes else columns
+
+
+def _encode(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [groups, size] (not packed), scale and shift [groups, 1] of bf16 groups."""
+    scale, shift = MaxOptimizer().optimize(groups, qint4, axis=0)
+    codes = torch.ops.quanto.quantize_affine(
+        groups, bits=4, axis=0, group_size=None, scale=divisor(scale), shift=shift
+    )
+    return codes, scale, shift

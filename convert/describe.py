@@ -1,0 +1,108 @@
+"""The plan in words for machines: what `--json` prints and what `bitroute.json` keeps beside the checkpoint."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from bitroute.convert.entry import Entry
+from bitroute.convert.fold import fold
+from bitroute.convert.layout import CODES
+from bitroute.convert.plan import ComponentPlan, Plan
+
+FORMAT_VERSION = 1
+LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "bitsandbytes", "optimum-quanto", "safetensors")
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Sizes in bytes; `tensors` maps an output suffix to its stored name, dtype and shape."""
+    return {
+        "model": plan.pipeline.name,
+        "components": {component.name: _component(component) for component in plan.components},
+        "copied": dict(plan.copied),
+        "source_bytes": plan.source_bytes,
+        "size_bytes": plan.size_bytes,
+        "job_peak_bytes": plan.job_peak_bytes,
+        "verify_peak_bytes": plan.verify_peak_bytes,
+        "packages": plan.packages,
+        "devices": plan.devices,
+    }
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """The content of `bitroute.json`: everything needed to make or to judge the checkpoint again."""
+    recipe = plan.recipe.recipe
+    return {
+        "format_version": FORMAT_VERSION,
+        "bitroute": version("bitroute"),
+        "libraries": {library: version(library) for library in LIBRARIES},
+        "source": {"model": plan.pipeline.name, "revision": recipe.revision if recipe else None},
+        "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
+        "files": written_files(plan),
+        "plan": describe(plan),
+    }
+
+
+def summary(plan: Plan, component: ComponentPlan) -> dict[str, Any]:
+    """What a component's `quantization_config` carries of its origin: the same, with layers folded into ranges."""
+    layers: dict[str, list[str]] = {}
+    for entry in component.quantized:
+        layers.setdefault(label(entry), []).append(entry.layer)
+    origin = provenance(plan)
+    kept = {key: origin[key] for key in ("format_version", "bitroute", "libraries", "source", "recipe")}
+    return {**kept, "layers": {name: [str(f) for f in fold(names)] for name, names in layers.items()}}
+
+
+def label(entry: Entry) -> str:
+    """The backend with its options, as a person writes it: `nvfp4 (scale mse)`."""
+    options = ", ".join(f"{key} {value}" for key, value in entry.backend.options.items())
+    return f"{entry.backend.name} ({options})" if options else entry.backend.name
+
+
+def written_files(plan: Plan) -> list[str]:
+    """Every file that a job writes, relative to the output folder, in about the order of writing."""
+    own = [
+        f"{component.name}/{name}"
+        for component in plan.components
+        for name in [*component.shard_names, *index_names(component), "config.json"]
+    ]
+    return [*own, *plan.copied, "model_index.json", "bitroute.json"]
+
+
+def index_names(component: ComponentPlan) -> list[str]:
+    return [f"{component.component.stem}.safetensors.index.json"] if len(component.shards) > 1 else []
+
+
+def _component(plan: ComponentPlan) -> dict[str, Any]:
+    files = {
+        entry.name: name for name, shard in zip(plan.shard_names, plan.shards, strict=True) for entry in shard
+    }
+    return {
+        "library": plan.component.library,
+        "class": plan.component.class_name,
+        "container": plan.container.name,
+        "notes": list(plan.notes),
+        "parameters": plan.parameters,
+        "source_bytes": plan.source_bytes,
+        "size_bytes": plan.size_bytes,
+        "entries": [{**_entry(plan, entry), "file": files[entry.name]} for entry in plan.entries],
+    }
+
+
+def _entry(plan: ComponentPlan, entry: Entry) -> dict[str, Any]:
+    names = plan.container.names(entry)
+    return {
+        "name": entry.name,
+        "layer": entry.layer,
+        "role": entry.role,
+        "rule": entry.reason,
+        "where": entry.where,
+        "backend": entry.backend.name,
+        "options": entry.backend.options,
+        "shape": list(entry.weight.shape),
+        "dtype": CODES[entry.weight.dtype],
+        "bits_per_weight": round(entry.bits_per_weight, 4),
+        "tensors": {
+            suffix: [names[suffix], CODES[spec.dtype], list(spec.shape)] for suffix, spec in entry.outputs.items()
+        },
+    }

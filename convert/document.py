@@ -1,0 +1,246 @@
+"""A YAML document whose every value remembers the line that said it.
+
+Plain YAML only: no aliases, no tags, no duplicate keys, bounded in size and depth. Unquoted scalars follow
+the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema), so `no` and `on` stay text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from yaml.composer import ComposerError
+from yaml.reader import ReaderError
+
+from bitroute.errors import Problem, RecipeError
+
+__all__ = ["Finder", "KeyPath", "Value", "compose", "parse", "read_text"]
+
+KeyPath = tuple[str | int, ...]
+Finder = Callable[[str, Path], tuple[Path, str] | None]  # a name, a folder → the file and how to call it
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 50_000
+MAX_DEPTH = 32
+_INT = re.compile(r"[-+]?[0-9]{1,18}")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]{1,3})?")
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+@dataclass(eq=False)
+class Value:
+    """A mapping, a list or a scalar, with the file and the line (from 1) that said it."""
+
+    content: dict[str, Value] | list[Value] | str | int | float | bool | None
+    file: str
+    line: int
+
+    @property
+    def plain(self) -> object:
+        """The same as dicts, lists and scalars."""
+        if isinstance(self.content, dict):
+            return {key: value.plain for key, value in self.content.items()}
+        if isinstance(self.content, list):
+            return [value.plain for value in self.content]
+        return self.content
+
+    def child(self, key: str | int) -> Value | None:
+        if isinstance(self.content, dict):
+            return self.content.get(str(key))
+        if isinstance(self.content, list) and isinstance(key, int) and key < len(self.content):
+            return self.content[key]
+        return None
+
+    def nearest(self, path: KeyPath) -> Value:
+        """The value at `path`, or the nearest one above it that exists."""
+        found = self
+        for key in path:
+            below = found.child(key)
+            if below is None:
+                break
+            found = below
+        return found
+
+    def where(self, path: KeyPath = ()) -> str:
+        """`flux-fp8.yaml:14` for the value at `path`, or for the nearest one above it."""
+        found = self.nearest(path)
+        return f"{found.file}:{found.line}"
+
+    def remove(self, child: Value) -> None:
+        if isinstance(self.content, dict):
+            self.content = {key: value for key, value in self.content.items() if value is not child}
+        elif isinstance(self.content, list):
+            self.content = [value for value in self.content if value is not child]
+
+
+def compose(path: Path, name: str, find: Finder, chain: tuple[Path, ...] = ()) -> tuple[Value, str]:
+    """The document in `path` on top of what it extends, and its text with the extended ones as comments.
+
+    Raises:
+        RecipeError: unreadable or not plain YAML, a parent that does not exist, or a circle of parents.
+    """
+    text = read_text(path, name)
+    document = parse(text, name)
+    assert isinstance(document.content, dict)
+    parent = document.content.pop("extends", None)
+    if parent is None:
+        return document, text
+    found = _find_parent(parent, find, path)
+    chain = (*chain, path.resolve())
+    if found[0].resolve() in chain:
+        circle = " → ".join(step.name for step in (*chain, found[0]))
+        raise RecipeError(Problem("recipes extend each other in a circle", parent.where(), got=circle))
+    below, below_text = compose(*found, find, chain)
+    return _merge(below, document), f"{text.rstrip()}\n\n# extends {found[1]}:\n{_as_comments(below_text)}"
+
+
+def read_text(path: Path, name: str) -> str:
+    """The text of a UTF-8 file of at most MAX_BYTES.
+
+    Raises:
+        RecipeError: it cannot be read, is too large or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise RecipeError(Problem("cannot be read", name, got=str(error))) from error
+    if len(content) > MAX_BYTES:
+        raise RecipeError(Problem("is too large for a recipe", name, expected=f"at most {MAX_BYTES} bytes"))
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        what = "is not text in UTF-8"
+        raise RecipeError(
+            Problem(what, f"{name}:{line}", got=f"the byte 0x{content[error.start]:02x}")
+        ) from None
+
+
+def parse(text: str, name: str) -> Value:
+    """The mapping that `text` is.
+
+    Raises:
+        RecipeError: not plain YAML, not a mapping, or a key said twice; with the line.
+    """
+    try:
+        node = _Loader(text).get_single_node()
+        if isinstance(node, yaml.MappingNode):
+            return _construct(node, name, 1)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        character = f"U+{ord(str(error.character)[:1] or ' '):04X}"
+        raise RecipeError(
+            Problem("holds a character that YAML forbids", f"{name}:{line}", character)
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        raise RecipeError(_yaml_problem(error, name)) from None
+    except (ValueError, OverflowError) as error:  # escapes that stand for no character
+        raise RecipeError(Problem("is not valid YAML", name, got=str(error))) from None
+    got = "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+    raise RecipeError(Problem("is not a mapping", f"{name}:1", got=got, expected="`key: value` lines"))
+
+
+class _Loader(yaml.BaseLoader):
+    """Composes nodes without resolving them; refuses what a recipe never needs and an attacker would."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = self.nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        self.depth += 1
+        self.nodes += 1
+        refusals = {
+            "aliases (*name) are not allowed": isinstance(event, yaml.AliasEvent),
+            "tags (!name) are not allowed": getattr(event, "tag", None) is not None,
+            f"it is nested deeper than {MAX_DEPTH} levels": self.depth > MAX_DEPTH,
+            f"it holds more than {MAX_NODES} values": self.nodes > MAX_NODES,
+        }
+        for refusal, applies in refusals.items():
+            if applies:
+                raise ComposerError(None, None, refusal, event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> Problem:
+    mark = error.problem_mark or error.context_mark
+    where = f"{name}:{mark.line + 1}" if mark else name
+    message = ", ".join(part for part in (error.context, error.problem) if part)
+    tab = "\\t" in message or "tab" in message
+    return Problem("is not valid YAML: " + message, where, next_step="indent with spaces" if tab else "")
+
+
+def _construct(node: yaml.Node, name: str, line: int) -> Value:
+    if isinstance(node, yaml.MappingNode):
+        return Value(_mapping(node, name), name, line)
+    if isinstance(node, yaml.SequenceNode):
+        items = [_construct(item, name, item.start_mark.line + 1) for item in node.value]
+        return Value(items, name, line)
+    assert isinstance(node, yaml.ScalarNode)
+    return Value(_scalar(node), name, line)
+
+
+def _mapping(node: yaml.MappingNode, name: str) -> dict[str, Value]:
+    content: dict[str, Value] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(Problem("a key is not text", f"{name}:{line}", expected="a plain name"))
+        key.value.encode()  # a lone surrogate is no text
+        if key.value in content:
+            first = f"the first is in line {content[key.value].line}"
+            raise RecipeError(Problem(f"the key {key.value!r} is said twice", f"{name}:{line}", got=first))
+        content[key.value] = _construct(value, name, line)
+    return content
+
+
+def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
+    text = str(node.value)
+    text.encode()  # a lone surrogate is no text
+    if node.style is not None:  # quoted, or a block
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def _find_parent(parent: Value, find: Finder, path: Path) -> tuple[Path, str]:
+    if not isinstance(parent.content, str):
+        got, expected = repr(parent.plain), "the name or the path of one recipe"
+        raise RecipeError(Problem("`extends` does not name a recipe", parent.where(), got, expected))
+    found = find(parent.content, path.parent)
+    if found is None:
+        raise RecipeError(
+            Problem(
+                f"extends {parent.content!r}, which does not exist",
+                parent.where(),
+                expected="a built-in recipe, or a path relative to this file",
+                next_step="`quantize recipes list` shows the built-in ones",
+            )
+        )
+    return found
+
+
+def _merge(below: Value, above: Value) -> Value:
+    """Mappings key by key, everything else replaced; options stay with the backend they were written for."""
+    if not (isinstance(below.content, dict) and isinstance(above.content, dict)):
+        return above
+    merged = dict(below.content)
+    if "backend" in above.content:
+        merged.pop("options", None)
+    for key, value in above.content.items():
+        merged[key] = _merge(merged[key], value) if key in merged else value
+    return Value(merged, above.file, above.line)
+
+
+def _as_comments(text: str) -> str:
+    return "".join(f"# {line}".rstrip() + "\n" for line in text.splitlines())

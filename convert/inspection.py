@@ -1,0 +1,101 @@
+"""What a safetensors file or a checkpoint folder holds, from its headers and configs alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitroute.convert.checkpoint import read_json
+from bitroute.convert.layout import CODES, Header, read_header
+from bitroute.errors import Problem, SourceError
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """A description of a .safetensors file, a component folder or a pipeline folder; sizes in bytes.
+
+    Raises:
+        SourceError: there is nothing there that safetensors tools could read.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        header = read_header(place)
+        return {"file": str(place), **_contents({place: header}), "tensors": _tensors(header)}
+    if not place.is_dir():
+        raise SourceError(Problem("no such file or folder", str(path)))
+    folders = [place, *sorted(folder for folder in place.iterdir() if folder.is_dir())]
+    components = {folder.name: _component(folder) for folder in folders if any(folder.glob("*.safetensors"))}
+    if not components:
+        raise SourceError(Problem("no safetensors file in this folder or right below it", str(path)))
+    origin = read_json(place / "bitroute.json") if (place / "bitroute.json").is_file() else None
+    return {"folder": str(place), "components": components, "made_by": _origin(origin) if origin else None}
+
+
+def _component(folder: Path) -> dict[str, Any]:
+    headers = {file: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    quantization = config.get("quantization_config") or {}
+    name = config.get("_class_name") or ", ".join(config.get("architectures") or []) or "unknown class"
+    return {
+        "class": name,
+        "quant_method": quantization.get("quant_method"),
+        "layers": (quantization.get("bitroute") or {}).get("layers"),
+        **_contents(headers),
+    }
+
+
+def _contents(headers: Mapping[Path, Header]) -> dict[str, Any]:
+    size_bytes: Counter[str] = Counter()
+    tensors: Counter[str] = Counter()
+    unaligned = 0
+    for header in headers.values():
+        for tensor in header.tensors.values():
+            size_bytes[CODES[tensor.spec.dtype]] += tensor.spec.size_bytes
+            tensors[CODES[tensor.spec.dtype]] += 1
+            unaligned += tensor.spec.size_bytes % 16 == 0 and tensor.offset % 16 != 0
+    return {
+        "files": [file.name for file in headers],
+        "size_bytes": sum(size_bytes.values()),
+        "dtypes": {code: {"tensors": tensors[code], "size_bytes": size_bytes[code]} for code in tensors},
+        "unaligned_tensors": unaligned,
+        "metadata_keys": sorted({key for header in headers.values() for key in header.metadata})[:5],
+    }
+
+
+def _tensors(header: Header) -> dict[str, Any]:
+    return {
+        name: {"dtype": CODES[tensor.spec.dtype], "shape": list(tensor.spec.shape), "offset": tensor.offset}
+        for name, tensor in header.tensors.items()
+    }
+
+
+def _origin(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: content.get(key) for key in ("bitroute", "source", "libraries", "recipe")}
+
+
+def inspection_text(found: Mapping[str, Any]) -> str:
+    if "file" in found:
+        tensors = [f"  {name}  {t['dtype']} {t['shape']}" for name, t in found["tensors"].items()]
+        return "\n".join([found["file"], *_contents_lines(found), *tensors])
+    lines = [found["folder"]]
+    if found["made_by"]:
+        made_by = found["made_by"]
+        lines.append(f"made by bitroute {made_by['bitroute']} from {made_by['source']['model']}")
+    for name, component in found["components"].items():
+        method = component["quant_method"] or "not quantized"
+        lines.append(f"{name}: {component['class']}, {method}")
+        lines += _contents_lines(component)
+        for backend, layers in (component["layers"] or {}).items():
+            lines.append(f"  {backend}: {', '.join(layers[:6])}{' …' if len(layers) > 6 else ''}")
+    return "\n".join(lines)
+
+
+def _contents_lines(contents: Mapping[str, Any]) -> list[str]:
+    dtypes = ", ".join(
+        f"{code} {held['tensors']} tensors {held['size_bytes'] / 1e6:.2f} MB" for code, held in contents["dtypes"].items()
+    )
+    lines = [f"  {len(contents['files'])} files, {contents['size_bytes'] / 1e6:.2f} MB: {dtypes}"]
+    if contents["unaligned_tensors"]:
+        lines.append(f"  {contents['unaligned_tensors']} tensors are not 16-byte aligned: int8 kernels may crash on them")
+    return lines

@@ -1,0 +1,139 @@
+"""The safetensors file layout: a header that is read without the data, and one that is built before it.
+
+Eight bytes of length, a JSON header, the payloads without gaps (github.com/huggingface/safetensors, README).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitroute.backends.base import TensorSpec
+from bitroute.errors import Problem, SourceError
+
+ALIGNMENT_BYTES = 64
+HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: where its bytes are."""
+
+    name: str
+    spec: TensorSpec
+    file: Path
+    offset: int  # of the first payload byte, from the start of the file
+
+
+@dataclass(frozen=True)
+class Header:
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """The header of one file, checked against the file's size.
+
+    Raises:
+        SourceError: not a safetensors file, truncated, or a header that contradicts itself.
+    """
+    try:
+        size_bytes = os.path.getsize(file)
+        with open(file, "rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 0 < length <= min(HEADER_LIMIT_BYTES, size_bytes - 8):
+                raise _broken(file, f"a header of {length} bytes in a file of {size_bytes} bytes")
+            entries = json.loads(stream.read(length))
+    except OSError as error:
+        raise SourceError(Problem("cannot read the file", str(file), got=str(error))) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _broken(file, f"a header that is not JSON: {error}") from error
+    return _parse(file, entries, 8 + length, size_bytes)
+
+
+def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the payloads, and the absolute offset of each tensor.
+
+    Payloads whose size is a multiple of 64 stand first, so each starts on a 64-byte boundary; the others follow
+    by falling power of two, so a payload divisible by 16 starts on a multiple of 16.
+    """
+    order = sorted(specs, key=lambda name: -_divisor(specs[name].size_bytes))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ends = [0]
+    for name in order:
+        ends.append(ends[-1] + specs[name].size_bytes)
+        header[name] = {
+            "dtype": CODES[specs[name].dtype],
+            "shape": list(specs[name].shape),
+            "data_offsets": ends[-2:],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
+    start = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {n: start + ends[i] for i, n in enumerate(order)}
+
+
+def total_bytes(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.size_bytes for spec in specs)
+
+
+def _divisor(size_bytes: int) -> int:
+    """The largest power of two up to 64 that divides the size."""
+    return min(size_bytes & -size_bytes, ALIGNMENT_BYTES) if size_bytes else ALIGNMENT_BYTES
+
+
+def _parse(file: Path, entries: Any, start: int, size_bytes: int) -> Header:
+    if not isinstance(entries, dict):
+        raise _broken(file, "a header that is not a mapping")
+    metadata = entries.pop("__metadata__", {}) or {}
+    if not isinstance(metadata, dict):
+        raise _broken(file, "a __metadata__ that is not a mapping")
+    tensors = {name: _entry(file, name, entry, start) for name, entry in entries.items()}
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.spec.size_bytes)):
+        if tensor.offset != end:
+            raise _broken(file, f"tensor {tensor.name!r} at byte {tensor.offset} where {end} was due")
+        end = tensor.offset + tensor.spec.size_bytes
+    if end != size_bytes:
+        raise _broken(file, f"{size_bytes} bytes where the header speaks of {end}: truncated or overwritten")
+    return Header(tensors, metadata)
+
+
+def _entry(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    try:
+        dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _broken(file, f"tensor {name!r} without dtype, shape and data_offsets") from error
+    if dtype is None:
+        raise _broken(file, f"tensor {name!r} of dtype {entry['dtype']!r}", expected=", ".join(DTYPES))
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end)):
+        raise _broken(file, f"tensor {name!r} with shape {list(shape)} and offsets {[begin, end]}")
+    spec = TensorSpec(shape, dtype)
+    if end - begin != spec.size_bytes:
+        raise _broken(file, f"tensor {name!r}: {end - begin} bytes for {list(shape)} {entry['dtype']}")
+    return StoredTensor(name, spec, file, start + begin)
+
+
+def _broken(file: Path, got: str, expected: str = "") -> SourceError:
+    return SourceError(
+        Problem(
+            "not a sound safetensors file", str(file), got, expected,
+            next_step="download or write this file again",
+        )
+    )  # fmt: skip

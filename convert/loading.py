@@ -1,0 +1,92 @@
+"""Loads one component in a process of its own, as a user would, and tells what happened.
+
+Run by path with a JSON request on stdin; prints one JSON line. It must not import bitroute unless the request
+says that the container needs it: that is what it proves.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import warnings
+from typing import Any
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    try:
+        answer = _load(request)
+    except Exception as error:  # whatever the libraries raise is the answer
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    answer["bitroute_imported"] = "bitroute" in sys.modules
+    answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(answer))
+
+
+def _load(request: dict[str, Any]) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    if request["needs_bitroute"]:
+        import bitroute  # noqa: F401  importing it is what registers the quantizer
+    import diffusers
+    import torch
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    if request["lift_gpu_check"]:
+        _lift_gpu_check()
+    library = diffusers if request["library"] == "diffusers" else transformers
+    model_class = getattr(library, request["class"])
+    model, info = model_class.from_pretrained(request["folder"], dtype=torch.bfloat16, output_loading_info=True)
+    answer = {
+        key: sorted(str(name) for name in info.get(key, ()))
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    answer["meta_tensors"] = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    answer["forward"] = _forward(model, request["probe"]) if request["probe"] else None
+    return answer
+
+
+def _forward(model: Any, probe: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: _input(spec, generator) for name, spec in probe.items()}
+    try:
+        with torch.inference_mode():
+            outputs = model.eval()(**inputs, return_dict=False)
+    except Exception as error:  # a kernel that this device lacks; the caller knows whether that was to be expected
+        return {"error": f"{type(error).__name__}: {error}"}
+    tensors = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor)]
+    return {"finite": all(bool(tensor.isfinite().all()) for tensor in tensors), "outputs": len(tensors)}
+
+
+def _input(spec: dict[str, Any], generator: Any) -> Any:
+    import torch
+
+    shape, dtype = spec["shape"], torch.long if spec["dtype"] == "long" else torch.bfloat16
+    if spec["fill"] == "random" and dtype == torch.long:
+        return torch.randint(0, spec["below"], shape, generator=generator)
+    if spec["fill"] == "random":
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.full(shape, {"zeros": 0, "ones": 1}[spec["fill"]], dtype=dtype)
+
+
+def _lift_gpu_check() -> None:
+    """bitsandbytes has CPU kernels, but the quantizers of both libraries refuse to load without a GPU."""
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+    from transformers.quantizers import quantizer_bnb_4bit, quantizer_bnb_8bit
+
+    for quantizer in (
+        bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer,
+        quantizer_bnb_4bit.Bnb4BitHfQuantizer, quantizer_bnb_8bit.Bnb8BitHfQuantizer,
+    ):  # fmt: skip
+        quantizer.validate_environment = lambda self, *args, **kwargs: None
+        quantizer.update_device_map = lambda self, device_map: {"": "cpu"}
+
+
+if __name__ == "__main__":
+    main()

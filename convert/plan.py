@@ -1,0 +1,316 @@
+"""From a recipe and a model to the exact plan: every layer, its rule, its bytes. No weight is read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from bitroute import backends
+from bitroute.backends.base import Backend, TensorSpec
+from bitroute.convert.architecture import Architecture, build
+from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline
+from bitroute.convert.container import Container, choose
+from bitroute.convert.entry import Entry
+from bitroute.convert.layout import StoredTensor
+from bitroute.convert.profile import find_profile
+from bitroute.convert.recipe import ComponentRecipe, RecipeFile, read_recipe
+from bitroute.convert.routing import Route, route
+from bitroute.errors import BackendError, Problem, RecipeError, SourceError, did_you_mean
+
+SHARD_BYTES = 5_000_000_000
+WORKSPACE_BYTES = 256 * 2**20  # blocks of rows, their temporaries and the allocator's slack
+LOADING_BYTES = 512 * 2**20  # activations and bookkeeping of the probe forward
+
+
+KeyPath = tuple[str | int, ...]
+Where = Callable[[KeyPath], str]  # a place in the component's recipe → file:line
+Choice = tuple[str, KeyPath]  # a backend's name and the place that chose it
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    component: Component
+    container: Container
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.component.name
+
+    @property
+    def quantized(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.quantized]
+
+    @property
+    def parameters(self) -> int:
+        return sum(entry.source.spec.numel for entry in self.entries)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(entry.source.spec.size_bytes for entry in self.entries)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.size_bytes / max(self.parameters, 1)
+
+    @cached_property
+    def shards(self) -> list[list[Entry]]:
+        """Entries in order, cut so that no shard passes SHARD_BYTES; a layer's tensors stay together."""
+        shards: list[list[Entry]] = [[]]
+        filled = 0
+        for entry in self.entries:
+            if shards[-1] and filled + entry.size_bytes > SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(entry)
+            filled += entry.size_bytes
+        return shards
+
+    @property
+    def shard_names(self) -> list[str]:
+        stem, count = self.component.stem, len(self.shards)
+        if count == 1:
+            return [f"{stem}.safetensors"]
+        return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+    def specs(self, entries: Sequence[Entry]) -> dict[str, TensorSpec]:
+        """Stored tensor name → what the file holds under it."""
+        return {
+            name: entry.outputs[suffix]
+            for entry in entries
+            for suffix, name in self.container.names(entry).items()
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do, and what `--dry-run` prints."""
+
+    recipe: RecipeFile
+    pipeline: Pipeline
+    components: tuple[ComponentPlan, ...]
+    copied: Mapping[str, int] = field(default_factory=dict)  # file relative to the pipeline folder → bytes
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(c.source_bytes for c in self.components) + sum(self.copied.values())
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(c.size_bytes for c in self.components) + sum(self.copied.values())
+
+    @property
+    def packages(self) -> list[str]:
+        """What `pip install` must have brought before the result loads."""
+        libraries = {"diffusers"} | {component.component.library for component in self.components}
+        return sorted(libraries | {p for c in self.components for p in c.container.packages})
+
+    @property
+    def devices(self) -> list[str]:
+        """What loading or computing needs of the machine; empty where bf16 is enough."""
+        loading = {f"to load {c.name}: {c.container.device}" for c in self.components if c.container.device}
+        computing = {
+            f"to compute {c.name} in {entry.backend.name}: {entry.backend.gpu_to_compute()}"
+            for c in self.components for entry in c.quantized if entry.backend.gpu_to_compute()
+        }  # fmt: skip
+        return sorted(loading | computing)
+
+    @property
+    def job_peak_bytes(self) -> int:
+        """Anonymous memory above an idle interpreter that has imported the libraries."""
+        return WORKSPACE_BYTES + max((e.source.spec.size_bytes for c in self.components for e in c.quantized), default=0)
+
+    @property
+    def verify_peak_bytes(self) -> int:
+        """Decoding the largest layer in float32 beside its source, or loading the largest component."""
+        decode = max((12 * e.weight.numel for c in self.components for e in c.quantized), default=0)
+        load = LOADING_BYTES + max((c.size_bytes for c in self.components), default=0)
+        return max(WORKSPACE_BYTES + decode, load)
+
+
+def plan(recipe: str, model: str | None = None, out: str | Path | None = None) -> Plan:
+    """The plan for a recipe (a file or a built-in name) and a model (folder, or the recipe's own).
+
+    Raises:
+        RecipeError, SourceError: everything that is wrong with the recipe, the model and their match, at once.
+    """
+    file = read_recipe(recipe)
+    problems = list(file.problems)
+    if file.recipe is None:
+        raise RecipeError(problems)
+    pipeline = open_or_report(model or file.recipe.model, file, problems)
+    components = []
+    for name, component_recipe in file.recipe.components.items():
+        if name not in pipeline.components:
+            problems.append(_no_component(name, pipeline, file))
+            continue
+        planned = _plan_component(pipeline.components[name], component_recipe, file, problems)
+        components += [planned] if planned else []
+    if problems:
+        raise RecipeError(problems)
+    result = Plan(file, pipeline, tuple(components), _copied(pipeline, [c.name for c in components]))
+    if out is not None:
+        check_room(result, Path(out))
+    return result
+
+
+def open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Problem]) -> Pipeline:
+    """The pipeline; where there is none, the recipe's own problems are reported with it."""
+    if model is None:
+        raise RecipeError(
+            [*problems, Problem("no model", file.name, next_step="give --model DIR, or `model:` in the recipe")]
+        )
+    try:
+        return open_pipeline(model)
+    except SourceError as error:
+        raise RecipeError([*problems, *error.problems]) from error
+
+
+def check_room(plan: Plan, out: Path) -> None:
+    """Raises RecipeError where the disk that holds `out` has less room than the plan writes."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RecipeError(Problem("the output folder cannot be written", str(out), got=f"{folder} is not writable"))
+    free = shutil.disk_usage(folder).free
+    needed = plan.size_bytes + WORKSPACE_BYTES // 16
+    if free < needed:
+        raise RecipeError(
+            Problem(
+                "the disk is too full for this job", str(out), got=f"{free / 1e9:.2f} GB free",
+                expected=f"{needed / 1e9:.2f} GB", next_step="free some room, or give --out on another disk",
+            )
+        )  # fmt: skip
+
+
+def _plan_component(
+    component: Component, recipe: ComponentRecipe, file: RecipeFile, problems: list[Problem]
+) -> ComponentPlan | None:
+    def where(path: KeyPath) -> str:
+        return file.where(("components", component.name, *path))
+
+    try:
+        architecture = build(component)
+    except SourceError as error:
+        problems += error.problems
+        return None
+    profile = find_profile(component.class_name)
+    names = architecture.linear
+    routes, found = route(
+        component.name, recipe, names, architecture.other,
+        profile.roles_of(names) if profile else {}, profile.kept(names) if profile else {}, where,
+    )  # fmt: skip
+    problems += found
+    chosen, found = _create_backends(routes, where)
+    problems += found
+    if found or not set(architecture.linear) <= set(routes):
+        return None
+    entries, notes, found = _entries(architecture, routes, chosen, profile.roles_of(names) if profile else {}, where)
+    problems += found
+    container, reason = choose(entries, component.library, recipe.container)
+    if reason and recipe.container == "native":
+        problems.append(_not_native(component, reason, where))
+    if reason:
+        notes.append(f"bitroute container, because {reason}")
+    return ComponentPlan(component, container, tuple(entries), tuple(notes))
+
+
+def _create_backends(
+    routes: Mapping[str, Route], where: Where
+) -> tuple[dict[Choice, Backend], list[Problem]]:
+    """One backend per place in the recipe; a bad option is reported once, with its line."""
+    chosen: dict[Choice, Backend] = {}
+    problems: list[Problem] = []
+    for decision in routes.values():
+        key = (decision.backend, decision.source)
+        if key in chosen:
+            continue
+        try:
+            chosen[key] = backends.create(decision.backend, **decision.options)
+        except BackendError as error:
+            chosen[key] = backends.create("keep")
+            place = where((*decision.source, "options"))
+            problems += [Problem(p.what, place, p.got, p.expected, p.next_step) for p in error.problems]
+    return chosen, problems
+
+
+def _entries(
+    architecture: Architecture, routes: Mapping[str, Route],
+    chosen: Mapping[Choice, Backend], roles: Mapping[str, str], where: Where,
+) -> tuple[list[Entry], list[str], list[Problem]]:  # fmt: skip
+    """An entry per source tensor; what a backend refuses is kept where the rule says so, else a problem."""
+    keep = backends.create("keep")
+    entries, notes, problems = [], [], []
+    for name, source in architecture.sources.items():
+        layer, _, parameter = name.rpartition(".")
+        decision = routes.get(layer)
+        if decision is None:
+            entries.append(Entry(name, source, keep, layer, "", "", "not a layer", ""))
+            continue
+        backend, reason = chosen[decision.backend, decision.source], decision.label
+        if parameter != "weight":
+            backend = backend if backend.name == "keep" else keep
+        refusal = _refusal(backend, source)
+        if refusal and decision.otherwise == "keep":
+            notes.append(f"{layer} is kept: {refusal}")
+            backend, reason = keep, f"{reason}, otherwise keep"
+        elif refusal:
+            problems.append(_refused(layer, decision, refusal, where))
+        kind = architecture.layers[layer] if parameter == "weight" else ""
+        place = where(decision.source)
+        entries.append(Entry(name, source, backend, layer, kind, roles.get(layer, ""), reason, place))
+    return entries, notes, problems
+
+
+def _refusal(backend: Backend, source: StoredTensor) -> str | None:
+    if backend.name == "keep":
+        return None
+    if not source.spec.dtype.is_floating_point:
+        return f"its weight is {source.spec.dtype}, not a float"
+    if 0 in source.spec.shape:
+        return f"its weight is empty, {list(source.spec.shape)}"
+    return backend.refuse(source.spec.rows)
+
+
+def _refused(layer: str, decision: Route, refusal: str, where: Where) -> Problem:
+    return Problem(
+        f"{decision.backend} cannot hold layer {layer!r}", where(decision.source), got=refusal,
+        next_step="give the layer another backend, or say `otherwise: keep` in this rule",
+    )  # fmt: skip
+
+
+def _no_component(name: str, pipeline: Pipeline, file: RecipeFile) -> Problem:
+    known = list(pipeline.components)
+    return Problem(
+        f"the pipeline has no component {name!r}", file.where(("components", name)),
+        expected=f"one of {', '.join(known)} ({pipeline.folder})", next_step=did_you_mean(name, known),
+    )  # fmt: skip
+
+
+def _not_native(component: Component, reason: str, where: Where) -> Problem:
+    return Problem(
+        f"component {component.name!r} has no native container", where(("container",)), got=reason,
+        next_step="change the rules, or say `container: bitroute` (loading then needs `import bitroute`)",
+    )  # fmt: skip
+
+
+def _copied(pipeline: Pipeline, quantized: Sequence[str]) -> dict[str, int]:
+    """Files that go along untouched: parts that the recipe does not name, and licences beside the index."""
+    files = [f for part in pipeline.parts if part not in quantized for f in (pipeline.folder / part).rglob("*")]
+    files += [f for f in pipeline.folder.iterdir() if f.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))]
+    weights = (".safetensors", ".bin", ".index.json", ".msgpack", ".h5", ".ckpt", ".pt", ".onnx")
+    for part in quantized:
+        files += [
+            f for f in (pipeline.folder / part).iterdir() if f.name != "config.json" and not f.name.endswith(weights)
+        ]
+    return {f.relative_to(pipeline.folder).as_posix(): f.stat().st_size for f in sorted(files) if f.is_file()}

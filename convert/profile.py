@@ -1,0 +1,120 @@
+"""What is known of a model class: what its layers do, which to keep, and what one forward pass needs.
+
+The knowledge is data: `recipes/profiles/CLASS.yaml`, every entry with its source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitroute.convert.document import parse, read_text
+from bitroute.convert.routing import Layers, Pattern
+from bitroute.errors import Problem, RecipeError
+
+__all__ = ["ProbeInput", "Profile", "find_profile", "profiles"]
+
+Role = Literal["attention", "feed-forward", "modulation", "embedder", "output"]
+Fill = Literal["random", "zeros", "ones"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KeptLayers(_Strict):
+    """Layers that stay in high precision, why, and who says so."""
+
+    layers: str
+    why: str
+    source: str
+
+
+class InputRecipe(_Strict):
+    """One input of the probe; a size is a number, a key of the config, or keys multiplied with `*`."""
+
+    shape: list[int | str]
+    dtype: Literal["float", "long"] = "float"
+    fill: Fill = "random"
+    below: str | None = Field(None, description="config key: random integers stay below it")
+    when: str | None = Field(None, description="config key: the input exists only if it is true")
+
+
+@dataclass(frozen=True)
+class ProbeInput:
+    """A tensor to make: `float` is the model's dtype; random means N(0, 1), or integers in [0, below)."""
+
+    shape: tuple[int, ...]
+    dtype: Literal["float", "long"]
+    fill: Fill
+    below: int | None = None
+
+
+class Profile(_Strict):
+    class_name: str = Field(alias="class")
+    roles: dict[Role, list[str]]
+    keep: list[KeptLayers]
+    inputs: dict[str, InputRecipe]
+    notes: list[str] = []
+
+    def roles_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Layer name → role, for the layers that have one."""
+        layers = Layers(list(names))
+        return {name: role for role, pattern in self._patterns for name in layers.matching(pattern)}
+
+    def kept(self, names: Iterable[str]) -> dict[str, str]:
+        """Layer name → why it stays as it is, and the source of that."""
+        layers, kept = Layers(list(names)), dict[str, str]()
+        for entry in self.keep:
+            for name in layers.matching(Pattern.parse(entry.layers)):
+                kept.setdefault(name, f"{entry.why} ({entry.source})")
+        return kept
+
+    def probe(self, config: Mapping[str, object]) -> dict[str, ProbeInput]:
+        """The inputs of one small forward pass of a model with that config.
+
+        Raises:
+            RecipeError: the config lacks a size that the profile names.
+        """
+        wanted = {
+            name: given for name, given in self.inputs.items() if not given.when or config.get(given.when)
+        }
+        return {name: self._probe_input(given, config) for name, given in wanted.items()}
+
+    @cached_property
+    def _patterns(self) -> list[tuple[Role, Pattern]]:
+        return [(role, Pattern.parse(text)) for role, texts in self.roles.items() for text in texts]
+
+    def _probe_input(self, given: InputRecipe, config: Mapping[str, object]) -> ProbeInput:
+        shape = tuple(self._size(size, config) for size in given.shape)
+        below = self._size(given.below, config) if given.below else None
+        return ProbeInput(shape, given.dtype, given.fill, below)
+
+    def _size(self, size: int | str, config: Mapping[str, object]) -> int:
+        keys = str(size).split("*")
+        values = [int(key) if key.strip().isdigit() else config.get(key.strip()) for key in keys]
+        numbers = [value for value in values if isinstance(value, int)]
+        if len(numbers) < len(values):
+            what = f"the config of a {self.class_name} lacks the size {size!r}"
+            raise RecipeError(Problem(what, got=f"keys {', '.join(sorted(config)) or 'none'}"))
+        return math.prod(numbers)
+
+
+@cache
+def find_profile(class_name: str) -> Profile | None:
+    """The profile of a diffusers or transformers model class, or None where there is none yet."""
+    path = profiles().get(class_name)
+    return Profile.model_validate(parse(read_text(path, path.name), path.name).plain) if path else None
+
+
+def profiles() -> dict[str, Path]:
+    """The profiles that come with bitroute, by class name."""
+    folder = Path(str(files("bitroute.recipes"))) / "profiles"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -1,0 +1,152 @@
+"""The plan and the verification as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from bitroute.convert.describe import label
+from bitroute.convert.entry import Entry
+from bitroute.convert.fold import Fold, fold_by
+from bitroute.convert.plan import ComponentPlan, Plan
+from bitroute.convert.verify import Verification
+
+REST = "norms, embeddings, biases"
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Every component and its layers, folded; then totals and what loading will need."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("component", "layers", "role", "rule", "backend", "shape"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("bits", "before", "after"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for component in plan.components:
+        for row in component_rows(component):
+            table.add_row(*map(escape, row))
+    return Group(table, Text(), Text(plan_summary(plan)))
+
+
+def component_rows(component: ComponentPlan) -> Iterable[Sequence[str]]:
+    head = f"{component.name} ({component.container.name})"
+    rest = [entry for entry in component.entries if not _shown(entry)]
+    groups = {entry.layer: _key(entry) for entry in component.entries if _shown(entry)}
+    by_layer = {entry.layer: entry for entry in component.entries if _shown(entry)}
+    for key, names, folds in _joined(fold_by(groups)):
+        entries = [by_layer[layer] for layer in groups if groups[layer] == key and _in(layer, folds)]
+        yield (head, names, *key, *_sizes(entries))
+        head = ""
+    if rest:
+        yield (head, f"{REST} ({len(rest)} tensors)", "", "", "keep", "", *_sizes(rest))
+    yield ("", f"total of {component.name}: {component.parameters / 1e6:,.1f} M parameters", "", "", "", "",
+           f"{component.bits_per_weight:.2f}", size(component.source_bytes), size(component.size_bytes))  # fmt: skip
+
+
+def plan_summary(plan: Plan) -> str:
+    copied = f"copied untouched: {len(plan.copied)} files, {size(sum(plan.copied.values()))}"
+    ratio = plan.size_bytes / max(plan.source_bytes, 1)
+    lines = [
+        copied,
+        f"whole pipeline: {size(plan.source_bytes)} → {size(plan.size_bytes)} ({ratio:.0%})",
+        f"loading needs: pip install {' '.join(plan.packages)}",
+        *plan.devices,
+        f"device memory for all weights at once: {size(sum(c.size_bytes for c in plan.components))}"
+        " + what is copied + activations",
+        f"disk: {size(plan.size_bytes)} · memory, above the imported libraries: job up to "
+        f"{size(plan.job_peak_bytes)}, verify up to {size(plan.verify_peak_bytes)}",
+    ]
+    notes = [f"note: {component.name}: {note}" for component in plan.components for note in component.notes]
+    return "\n".join([*lines, *notes])
+
+
+def verification_text(found: Verification) -> str:
+    lines = [f"{name}: {words}" for name, words in found.components.items()]
+    lines += [f"note: {note}" for note in found.notes]
+    if found.layers:
+        lines.append(f"worst layers of {len(found.layers)} by SQNR (decoded weight against the source):")
+        lines += [f"  {w.sqnr_db:7.1f} dB  {w.backend:<14} {w.component}.{w.layer}" for w in found.worst[:5]]
+    lines += [str(problem) for problem in found.problems]
+    verdict = f"{len(found.problems)} problems found" if found.problems else "verified"
+    return "\n".join([*lines, f"{verdict}: {found.folder}"])
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    return {
+        "folder": str(found.folder),
+        "verified": not found.problems,
+        "problems": [vars(problem) for problem in found.problems],
+        "notes": found.notes,
+        "components": found.components,
+        "layers": [vars(layer) for layer in found.layers],
+    }
+
+
+def result_text(plan: Plan, out: Path) -> str:
+    """What was written, and the lines that load it."""
+    needs_import = any(component.container.name == "bitroute" for component in plan.components)
+    imports = ["import bitroute  # registers its loader"] if needs_import else []
+    snippet = [
+        *imports,
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        f'pipe = DiffusionPipeline.from_pretrained("{out}", dtype=torch.bfloat16)',
+    ]
+    wrote = f"wrote {out}: {size(plan.source_bytes)} → {size(plan.size_bytes)}"
+    return "\n".join([wrote, "load it:", *(f"    {line}" for line in snippet)])
+
+
+def size(size_bytes: float) -> str:
+    """Decimal units, as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size_bytes) < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.2f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.2f} TB"
+
+
+def _shown(entry: Entry) -> bool:
+    return entry.kind == "Linear"
+
+
+def _key(entry: Entry) -> tuple[str, str, str, str]:
+    line = entry.where.rpartition(":")[2]
+    reason = f"{entry.reason}, line {line}" if line.isdigit() else entry.reason
+    return (entry.role, reason, label(entry), "×".join(str(n) for n in entry.weight.shape))
+
+
+def _joined(folds: Iterable[tuple[Any, Fold]]) -> Iterable[tuple[Any, str, list[Fold]]]:
+    """Folds that differ only in the last part of the name become one row."""
+    rows: dict[tuple[Any, str, tuple[int, ...], str], list[Fold]] = {}
+    for key, fold in folds:
+        parent = fold.after.rpartition(".")[0] if fold.numbers else fold.before
+        rows.setdefault((key, fold.before, fold.numbers, parent), []).append(fold)
+    for (key, _, _, parent), alike in rows.items():
+        first = alike[0]
+        if len(alike) == 1:
+            yield key, str(first), alike
+        else:
+            last = ",".join(fold.after.rpartition(".")[2] for fold in alike)
+            shared = str(first).removesuffix(first.after)
+            yield key, f"{shared}{parent}.{{{last}}}", alike
+
+
+def _in(layer: str, folds: Sequence[Fold]) -> bool:
+    for fold in folds:
+        middle = layer[len(fold.before) : len(layer) - len(fold.after)]
+        whole = layer.startswith(fold.before) and layer.endswith(fold.after)
+        if whole and (middle.isdigit() and int(middle) in fold.numbers if fold.numbers else not middle):
+            return True
+    return False
+
+
+def _sizes(entries: Sequence[Entry]) -> tuple[str, str, str]:
+    before = sum(entry.source.spec.size_bytes for entry in entries)
+    after = sum(entry.size_bytes for entry in entries)
+    elements = sum(entry.weight.numel for entry in entries)
+    return f"{8 * after / max(elements, 1):.2f}", size(before), size(after)

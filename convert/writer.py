@@ -1,0 +1,77 @@
+"""Writes one safetensors file, header first, payloads in any order, never a whole tensor in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from bitroute.backends.base import TensorSpec
+from bitroute.convert.layout import build_header
+from bitroute.errors import JobError, Problem
+
+
+class ShardWriter:
+    """Parts of a tensor are appended along its first dimension; the file gets its name only when complete.
+
+    Raises:
+        JobError: a part has another dtype than planned, is one too many, or one is missing at the end.
+    """
+
+    def __init__(self, file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.file, self.specs = file, specs
+        self.partial = file.with_name(file.name + ".part")
+        header, self._cursors = build_header(specs, metadata)
+        self._ends = {name: self._cursors[name] + spec.size_bytes for name, spec in specs.items()}
+        self._handle = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._write(memoryview(header), 0)
+
+    def append(self, name: str, part: Tensor) -> int:
+        """Bytes written."""
+        data = part.detach().cpu().contiguous().reshape(-1)
+        end = self._cursors[name] + data.nbytes
+        if part.dtype != self.specs[name].dtype or end > self._ends[name]:
+            raise JobError(
+                Problem(
+                    f"tensor {name!r} does not come as planned", str(self.file),
+                    got=f"{data.nbytes} bytes of {part.dtype} at byte {self._cursors[name]}",
+                    expected=f"{self.specs[name].dtype}, ending at byte {self._ends[name]}",
+                )
+            )  # fmt: skip
+        self._write(memoryview(data.view(torch.uint8).numpy()), self._cursors[name])
+        self._cursors[name] = end
+        return data.nbytes
+
+    def close(self) -> None:
+        """Complete, on the disk, and under its own name."""
+        missing = [name for name, cursor in self._cursors.items() if cursor != self._ends[name]]
+        if missing:
+            self.abandon()
+            raise JobError(Problem(f"tensors were never written: {', '.join(missing[:5])}", str(self.file)))
+        os.fsync(self._handle)
+        os.close(self._handle)
+        os.replace(self.partial, self.file)
+
+    def abandon(self) -> None:
+        os.close(self._handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        while data:
+            written = os.pwrite(self._handle, data, offset)
+            data, offset = data[written:], offset + written
