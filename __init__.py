@@ -1,7 +1,7 @@
 """bitroute: quantize diffusers models layer by layer.
 
-Importing it makes diffusers and transformers load checkpoints of `quant_method: bitroute`, whichever is imported
-first. That costs no import of either, nor of torch: registration waits until they load their own quantizers.
+Importing it makes diffusers and transformers load checkpoints of `quant_method: bitroute`, in whichever
+order they are imported. It imports neither, nor torch: registration waits until they load their quantizers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _QUANTIZERS = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version  # a third of the import time of this package, were it at the top
+        from importlib.metadata import (
+            version,  # a third of the import time of this package, were it at the top
+        )
 
         value: Any = version("bitroute")
     elif name in _HOMES:

@@ -46,8 +46,12 @@ class _Command(click.Group):
 
 @click.group(cls=_Command, invoke_without_command=True, context_settings=CONTEXT)
 @click.option("--recipe", "-r", help="A recipe file, or the name of a built-in one.")
-@click.option("--model", "-m", help="The pipeline folder, or builtin:tiny-flux; overrides the recipe's `model`.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder  [default: the recipe's name]")
+@click.option(
+    "--model", "-m", help="The pipeline folder, or builtin:tiny-flux; overrides the recipe's `model`."
+)
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), help="Output folder  [default: the recipe's name]"
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of bitroute in the output folder.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu, cuda, mps.")
@@ -72,7 +76,9 @@ def main(
     if ctx.invoked_subcommand is not None:
         return
     if recipe is None:
-        raise click.UsageError("give --recipe, or a command; `quantize recipes list` shows the built-in recipes")
+        raise click.UsageError(
+            "give --recipe, or a command; `quantize recipes list` shows the built-in recipes"
+        )
     from bitroute.convert.plan import plan
 
     out = out or Path(Path(recipe).stem)
@@ -233,7 +239,9 @@ def _console() -> Any:
 
 def _again() -> str:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    overwrite = [] if "--overwrite" in words or "--recipe" not in words and "-r" not in words else ["--overwrite"]
+    overwrite = (
+        [] if "--overwrite" in words or "--recipe" not in words and "-r" not in words else ["--overwrite"]
+    )
     return " ".join([*words, *overwrite])
 
 
@@ -284,4 +292,3 @@ def _rich_progress() -> Any:
 
 if __name__ == "__main__":
     main()
-

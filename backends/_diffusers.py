@@ -52,7 +52,7 @@ class BitrouteQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+        self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
         self.stored = load.attach(model, self.backends, self.files, keep_in_fp32_modules or ())
         model.register_to_config(quantization_config=self.quantization_config)
@@ -73,7 +73,7 @@ class BitrouteQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> Any:
         """Takes the config away as well, or the saved model could not be loaded."""
         load.dequantize(model)
         model._internal_dict = FrozenDict(

@@ -1,4 +1,4 @@
-"""The elements of block formats: rounding, packing, reading back, and the choice of a block's scale by its error.
+"""The elements of block formats: rounding, packing, reading back, and choosing a scale by its error.
 
 Sources: OCP Microscaling Formats (MX) v1.0, sections 5.3 and 6.3; the codes are those of torchao 0.18,
 torchao/prototype/mx_formats (nearest, ties to even, saturating). Packing assumes a little-endian machine.
@@ -54,7 +54,7 @@ class Element:
     def nearest(self, values: Tensor) -> Tensor:
         """float32 → the nearest representable float32, ties to even, saturating; a zero loses its sign.
 
-        Adding and subtracting 1.5 · 2^(23 - mantissa bits) times a value's own power of two rounds its mantissa.
+        A value's own power of two times 1.5 · 2^(23 - mantissa bits), added and removed, rounds its mantissa.
         """
         values = values.clamp(-self.max, self.max)
         anchor = values.view(torch.int32) & _EXPONENT
@@ -153,13 +153,13 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def _pack_sixes(codes: Tensor) -> Tensor:
-    """int16 codes [..., n] → uint8 [..., 3n / 4]: four are a 24-bit little-endian number, the first lowest."""
+    """int16 codes [..., n] → uint8 [..., 3n / 4]: four make a 24-bit little-endian number, first lowest."""
     fours = codes.to(torch.uint8).view(torch.int32)
     joined = (fours & 0x3F) | (fours >> 2 & 0xFC0) | (fours >> 4 & 0x3F000) | (fours >> 6 & 0xFC0000)
-    return joined.view(torch.uint8).unflatten(-1, (-1, 4))[..., :3].flatten(-2)
+    return joined.view(torch.uint8).reshape(*joined.shape, 4)[..., :3].flatten(-2)
 
 
 def _unpack_sixes(packed: Tensor) -> Tensor:
-    joined = functional.pad(packed.unflatten(-1, (-1, 3)), (0, 1)).view(torch.int32).squeeze(-1)
+    joined = functional.pad(packed.reshape(*packed.shape[:-1], -1, 3), (0, 1)).view(torch.int32).squeeze(-1)
     fours = (joined & 0x3F) | (joined & 0xFC0) << 2 | (joined & 0x3F000) << 4 | (joined & 0xFC0000) << 6
     return fours.view(torch.uint8)

@@ -7,8 +7,8 @@
     even    the same after rounding amax to the element's mantissa (EVEN)
     ceil    ceil(log2 amax) - emax (CEIL)
     rceil   ceil(log2(amax / element max)), nothing saturates; NVIDIA's rule (RCEIL)
-    mse     of absmax, one more and one less the least squared error, weighted by the input's second moment where
-            statistics have it; absmax unless another is strictly better
+    mse     of absmax, one more and one less the least squared error, weighted by the input's second moment
+            where statistics have it; absmax unless another is strictly better
 
 An all-zero block has byte 0. Two things are as in torchao: blocks below 2^-124 encode by 2^-126 where byte 0
 decodes by 2^-127, and rceil encodes such blocks unscaled.
@@ -102,8 +102,8 @@ class MX(Backend):
     def record(self, weight: TensorSpec) -> NativeRecord | None:
         """torchao's MXTensor with emulated activations; None without them, as torchao has no such forward.
 
-        Nor can it transpose a single row. Its config knows one element for both sides; other pairs have an empty
-        one and run by their header.
+        Nor can it transpose a single row. Its config knows one element for both sides; other pairs have an
+        empty one and run by their header.
         """
         weight_dtype = _TORCHAO_DTYPES.get(self.weight_element)
         if weight_dtype is None or self.activation_element is None or weight.shape[0] == 1:
@@ -148,17 +148,16 @@ class MX(Backend):
 
 
 def quantized(x: Tensor, element: Element) -> Tensor:
-    """x [..., in] as MX with the rceil rule makes it, in its own dtype."""
+    """x [..., in] as MX with the rceil rule makes it, in its own dtype, without its gradient."""
 
     def through(rows: Tensor) -> Tensor:
         blocks = in_blocks(rows, BLOCK)
         exponents = _exponents(block_amax(blocks), element, "rceil")
         elements = element.nearest(blocks.mul(_reciprocals(exponents, "rceil").unsqueeze(-1)))
-        return (
-            elements.mul_(exponents.to(torch.uint8).view(E8M0).float().unsqueeze(-1)).flatten(1).to(x.dtype)
-        )
+        scales = exponents.to(torch.uint8).view(E8M0).float()
+        return elements.mul_(scales.unsqueeze(-1)).flatten(1).to(x.dtype)
 
-    return by_row_blocks(x.reshape(-1, x.shape[-1]), through).reshape(x.shape)
+    return by_row_blocks(x.detach().reshape(-1, x.shape[-1]), through).reshape(x.shape)
 
 
 def _exponents(amax: Tensor, element: Element, rule: str) -> Tensor:

@@ -6,11 +6,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitroute.backends import load
+from bitroute.backends.base import TensorSpec
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,7 +34,7 @@ class BitrouteQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """`dtype="auto"` without a dtype in config.json takes that of the first tensor, maybe a stored one."""
+        """Where config.json names no dtype, "auto" takes that of the first tensor, maybe a stored one."""
         return dtype if dtype in COMPUTE_DTYPES else self.quantization_config.dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -45,15 +47,25 @@ class BitrouteQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         float32 = model._get_dtype_plan(model.config.dtype)
-        self.stored = load.attach(model, self.backends, checkpoint_files, float32)
+        self.stored = load.attach(model, self.backends, checkpoint_files, float32, _renaming(model))
         for name in self.backends:
             # or transformers decodes every weight, only to fill the copy with random numbers
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         load.dequantize(model, None if dtype == model.config.dtype else dtype)
-        plain: nn.Module = model
-        return plain
+        return model
+
+
+def _renaming(model: Any) -> load.Rename:
+    """What transformers makes of the names in a file: those of older versions carry other prefixes."""
+    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+
+    def rename(name: str, expected: dict[str, TensorSpec]) -> str:
+        renamed: str = rename_source_key(name, steps, [], model.base_model_prefix, expected)[0]
+        return renamed if renamed in expected else name
+
+    return rename
 
 
 def register(tables: ModuleType) -> None:

@@ -81,8 +81,11 @@ class Backend(ABC):
     """One format with its options; subclasses are frozen pydantic dataclasses whose fields are the options."""
 
     name: ClassVar[str]  # as recipes spell it
-    family: ClassVar[str]  # the native container: torchao, bitsandbytes_4bit, bitsandbytes_8bit, quanto, bitroute
+    family: ClassVar[
+        str
+    ]  # the native container: torchao, bitsandbytes_4bit, bitsandbytes_8bit, quanto, bitroute
     needs: ClassVar[frozenset[str]] = frozenset()  # packages that encode and decode
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every concrete backend is a dataclass
     lowest_sqnr_db: ClassVar[float]  # a healthy weight never decodes worse than this; verify fails below it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -93,7 +96,7 @@ class Backend(ABC):
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Raises BackendError that lists every bad option at once."""
-        known = [option.name for option in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        known = [option.name for option in dataclasses.fields(cls)]
         problems = [
             Problem(
                 f"backend {cls.name!r} has no option {option!r}",
@@ -114,9 +117,11 @@ class Backend(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        fields = dataclasses.fields(self)
         values = {option.name: getattr(self, option.name) for option in fields}
-        return {option.name: values[option.name] for option in fields if values[option.name] != option.default}
+        return {
+            option.name: values[option.name] for option in fields if values[option.name] != option.default
+        }
 
     def refuse(self, weight: TensorSpec) -> str | None:
         """Why this format cannot hold a weight of that shape ([out, in]), or None."""
@@ -218,7 +223,8 @@ class QuantizedLinear(nn.Module):
         """Moves with the model but keeps the stored dtypes: a scale cast to bf16 is another weight."""
         dtypes = {suffix: tensor.dtype for suffix, tensor in self.stored.items()}
         before = self.stored
-        super()._apply(fn, recurse)
+        parent: Any = super()
+        parent._apply(fn, recurse)
         for suffix, dtype in dtypes.items():
             if self.get_buffer(suffix).dtype != dtype:
                 setattr(self, suffix, before[suffix].to(self.get_buffer(suffix).device))

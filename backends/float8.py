@@ -66,8 +66,10 @@ class Float8(Backend):
         return stored["qdata"].float() * stored["scale"]
 
     def record(self, weight: TensorSpec) -> NativeRecord:
-        stored = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-                  for suffix, spec in self.outputs(weight).items()}
+        stored = {
+            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for suffix, spec in self.outputs(weight).items()
+        }
         if self.activations == "none":
             return native_record(self._tensor(stored, weight), Float8WeightOnlyConfig())
         config = Float8DynamicActivationFloat8WeightConfig(
@@ -98,6 +100,10 @@ class Float8(Backend):
             granularity=self._granularity(), mm_config=mm_config, hp_value_lb=AMAX_FLOOR
         )
         return Float8Tensor(
-            stored["qdata"], stored["scale"], block_size=block, mm_config=mm_config,
-            act_quant_kwargs=activations, dtype=COMPUTE_DTYPE,
+            stored["qdata"],
+            stored["scale"],
+            block_size=block,
+            mm_config=mm_config,
+            act_quant_kwargs=activations,
+            dtype=COMPUTE_DTYPE,
         )

@@ -48,8 +48,10 @@ class Int8(Backend):
         return stored["qdata"].float() * stored["scale"]
 
     def record(self, weight: TensorSpec) -> NativeRecord:
-        stored = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-                  for suffix, spec in self.outputs(weight).items()}
+        stored = {
+            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for suffix, spec in self.outputs(weight).items()
+        }
         dynamic = self.activations == "dynamic"
         config = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig(version=2)
         return native_record(self._tensor(stored, weight), config)
@@ -64,6 +66,10 @@ class Int8(Backend):
     def _tensor(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Int8Tensor:
         dynamic = self.activations == "dynamic"
         return Int8Tensor(
-            stored["qdata"], stored["scale"], [1, weight.shape[1]], COMPUTE_DTYPE, stored["zero_point"],
+            stored["qdata"],
+            stored["scale"],
+            [1, weight.shape[1]],
+            COMPUTE_DTYPE,
+            stored["zero_point"],
             act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None,
         )

@@ -1,13 +1,13 @@
 """The bitroute container as diffusers and transformers load it: what their two quantizers share.
 
-`config.json` names the backend of each quantized layer L, and the weight files hold `L.<suffix>` for every output
-of that backend. Stored tensors stay as they are, whatever dtype the model is loaded in.
+`config.json` names the backend of each quantized layer L, and the weight files hold `L.<suffix>` for every
+output of that backend. Stored tensors stay as they are, whatever dtype the model is loaded in.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -22,6 +22,7 @@ from bitroute.errors import Problem, SourceError
 
 FORMAT_VERSION = 1
 WHERE = "quantization_config"
+Rename = Callable[[str, dict[str, TensorSpec]], str]
 SHOWN = 20  # problems of one checkpoint that an error lists
 CODES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -80,11 +81,11 @@ class Manifest:
         return found
 
     def backends(self) -> dict[str, Backend]:
-        """Layer → backend. Imports them: under `torch.device("meta")` their tables would lose their values."""
+        """Layer → backend. Imports them, so not under `torch.device("meta")`: their tables would be empty."""
         found: dict[str, Backend] = {}
         for group in self.groups:
             try:
-                backend, layers = create(group["backend"], **group["options"]), group["layers"]
+                backend, layers = create(group["backend"], **group["options"]), list(group["layers"])
             except (KeyError, TypeError) as error:
                 raise _malformed(repr(group)[:200], "a mapping with backend, options and layers") from error
             for layer in layers:
@@ -128,23 +129,25 @@ def attach(
     backends: Mapping[str, Backend],
     files: Sequence[str] | None = None,
     float32: Iterable[str] = (),
+    rename: Rename = lambda name, expected: name,
 ) -> frozenset[str]:
     """Puts each layer's stored form, on the meta device, in the place of its nn.Linear.
 
     Args:
         files: the checkpoint's weight files; their headers are compared with what the backends expect.
         float32: names of modules that the model class wants to compute in float32.
+        rename: what the library makes of a name in the files, given the names that the model expects.
 
     Returns:
         The names of the stored tensors, which must be loaded without a cast.
 
     Raises:
-        SourceError: a layer that is missing or not linear, or a tensor that is missing or has another shape or dtype.
+        SourceError: a layer is missing or not linear, or a tensor is missing or has another shape or dtype.
     """
     layers = _find_layers(model, backends)
     expected = {name: spec for layer in layers for name, spec in layer.tensors.items()}
     if files is not None:
-        found = _read_headers(files, getattr(model, "base_model_prefix", ""))
+        found = {rename(name, expected): tensor for name, tensor in _read_headers(files).items()}
         _raise_all(problem for layer in layers for problem in _differences(layer, found))
     for layer in layers:
         if not set(layer.name.split(".")).isdisjoint(float32):
@@ -164,7 +167,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             target = dtype or layer.spec.dtype
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(layer.backend.decode(layer.stored, layer.spec).to(target))
-            plain.bias = layer.bias if layer.bias is None else nn.Parameter(layer.bias.to(target))
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias.to(target))
             model.set_submodule(name, plain)
 
 
@@ -194,8 +198,8 @@ def _find_layer(model: nn.Module, name: str, backend: Backend) -> StoredLayer | 
     return StoredLayer(name, module, backend)
 
 
-def _read_headers(files: Sequence[str], prefix: str) -> dict[str, str]:
-    """Tensor name → its dtype and shape in words; older transformers files carry the base model's prefix."""
+def _read_headers(files: Sequence[str]) -> dict[str, str]:
+    """Tensor name → its dtype and shape in words."""
     found = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
@@ -203,8 +207,7 @@ def _read_headers(files: Sequence[str], prefix: str) -> dict[str, str]:
         with safe_open(file, framework="numpy") as header:  # torch's would follow the default device, meta
             for name in header.keys():  # noqa: SIM118 - no mapping
                 tensor = header.get_slice(name)
-                found[name.removeprefix(f"{prefix}.")] = f"{tensor.get_dtype()} {tensor.get_shape()}"
-                found[name] = found[name.removeprefix(f"{prefix}.")]
+                found[name] = f"{tensor.get_dtype()} {tensor.get_shape()}"
     return found
 
 

@@ -1,7 +1,8 @@
 """MXFP6: E2M3 (to 7.5) or E3M2 (to 28) elements with a power-of-two scale per 32, 6.25 bits.
 
 E2M3 has half the error of E3M2 on weights. Stored: four elements in three bytes as one little-endian 24-bit
-number, the first element lowest, and the scales as E8M0. torchao keeps a byte per element: only bitroute reads this.
+number, the first element lowest, and the scales as E8M0. torchao keeps a byte per element, and only
+bitroute reads this.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ class Architecture:
     def linear(self) -> list[str]:
         """Layers a quantizing backend can take: linear ones whose weight the checkpoint stores under their name."""
         return [
-            name for name, kind in self.layers.items() if kind == "Linear" and f"{name}.weight" in self.sources
+            name
+            for name, kind in self.layers.items()
+            if kind == "Linear" and f"{name}.weight" in self.sources
         ]
 
     @property
@@ -73,7 +75,9 @@ def build_model(component: Component) -> nn.Module:
             if component.library == "diffusers":
                 model: nn.Module = model_class.from_config(_without_quantization(component.config))
             else:
-                model = model_class(model_class.config_class.from_dict(_without_quantization(component.config)))
+                model = model_class(
+                    model_class.config_class.from_dict(_without_quantization(component.config))
+                )
     except Exception as error:  # the classes raise whatever they like on a config that is not theirs
         raise SourceError(
             Problem(
@@ -102,9 +106,7 @@ def _find_class(component: Component) -> Any:
     return found
 
 
-def _match(
-    stored: Mapping[str, StoredTensor], wanted: set[str], prefix: str
-) -> dict[str, StoredTensor]:
+def _match(stored: Mapping[str, StoredTensor], wanted: set[str], prefix: str) -> dict[str, StoredTensor]:
     """File names to the names the class uses; older transformers files carry the base model's prefix."""
     return {
         name.removeprefix(prefix + ".") if name.removeprefix(prefix + ".") in wanted else name: tensor
@@ -134,7 +136,11 @@ def _refuse_quantized(component: Component) -> None:
     dtypes = {str(t.spec.dtype).removeprefix("torch.") for t in component.tensors.values() if t.spec.dtype.itemsize == 1
               and t.spec.dtype != torch.bool}  # fmt: skip
     if config or dtypes:
-        got = f"quant_method {config.get('quant_method')!r}" if config else f"{', '.join(sorted(dtypes))} tensors"
+        got = (
+            f"quant_method {config.get('quant_method')!r}"
+            if config
+            else f"{', '.join(sorted(dtypes))} tensors"
+        )
         raise SourceError(
             Problem(
                 f"component {component.name!r} is already quantized", str(component.folder), got=got,

@@ -62,7 +62,9 @@ class Component:
             return self._shards(index)
         if single.exists():
             return [single]
-        others = sorted(p.name for p in self.folder.iterdir() if p.suffix in {".safetensors", ".bin", ".ckpt", ".pt"})
+        others = sorted(
+            p.name for p in self.folder.iterdir() if p.suffix in {".safetensors", ".bin", ".ckpt", ".pt"}
+        )
         raise SourceError(
             Problem(
                 f"component {self.name!r} has no weights in safetensors", str(self.folder),

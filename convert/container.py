@@ -95,7 +95,11 @@ class Quanto(Container):
 
     def config(self, entries: Sequence[Entry]) -> dict[str, Any]:
         config = next(_record_config(entry) for entry in entries if entry.quantized)
-        return {"quant_method": "quanto", **config, "modules_to_not_convert": sorted(_last_parts(_kept(entries)))}
+        return {
+            "quant_method": "quanto",
+            **config,
+            "modules_to_not_convert": sorted(_last_parts(_kept(entries))),
+        }
 
     @classmethod
     def cannot(cls, entries: Sequence[Entry], library: str) -> str:

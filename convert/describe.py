@@ -103,6 +103,7 @@ def _entry(plan: ComponentPlan, entry: Entry) -> dict[str, Any]:
         "dtype": CODES[entry.weight.dtype],
         "bits_per_weight": round(entry.bits_per_weight, 4),
         "tensors": {
-            suffix: [names[suffix], CODES[spec.dtype], list(spec.shape)] for suffix, spec in entry.outputs.items()
+            suffix: [names[suffix], CODES[spec.dtype], list(spec.shape)]
+            for suffix, spec in entry.outputs.items()
         },
     }

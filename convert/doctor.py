@@ -32,7 +32,7 @@ def describe_backend(name: str) -> dict[str, Any]:
     """
     found = backends.find(name)
     backend = backends.create(name)
-    described = {
+    described: dict[str, Any] = {
         "name": name,
         "options": option_choices(found),
         "bits_per_weight": round(bits_per_weight(backend), 3),
@@ -50,7 +50,7 @@ def option_choices(backend: type[Backend]) -> dict[str, str]:
     hints = get_type_hints(backend)
     return {
         option.name: f"{_choices(hints[option.name])} (default {_shown(option.default)})"
-        for option in dataclasses.fields(backend)  # type: ignore[arg-type]
+        for option in dataclasses.fields(backend)
     }
 
 

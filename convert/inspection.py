@@ -93,9 +93,12 @@ def inspection_text(found: Mapping[str, Any]) -> str:
 
 def _contents_lines(contents: Mapping[str, Any]) -> list[str]:
     dtypes = ", ".join(
-        f"{code} {held['tensors']} tensors {held['size_bytes'] / 1e6:.2f} MB" for code, held in contents["dtypes"].items()
+        f"{code} {held['tensors']} tensors {held['size_bytes'] / 1e6:.2f} MB"
+        for code, held in contents["dtypes"].items()
     )
     lines = [f"  {len(contents['files'])} files, {contents['size_bytes'] / 1e6:.2f} MB: {dtypes}"]
     if contents["unaligned_tensors"]:
-        lines.append(f"  {contents['unaligned_tensors']} tensors are not 16-byte aligned: int8 kernels may crash on them")
+        lines.append(
+            f"  {contents['unaligned_tensors']} tensors are not 16-byte aligned: int8 kernels may crash on them"
+        )
     return lines

@@ -87,7 +87,9 @@ def claim(plan: Plan, out: Path, overwrite: bool) -> None:
     """
     source = plan.pipeline.folder.resolve()
     if out.resolve() == source or source in out.resolve().parents:
-        raise RecipeError(Problem("the output folder lies in the source model", str(out), next_step="give another --out"))
+        raise RecipeError(
+            Problem("the output folder lies in the source model", str(out), next_step="give another --out")
+        )
     if out.exists() and not out.is_dir():
         raise RecipeError(Problem("the output is a file", str(out), next_step="give a folder as --out"))
     if out.is_dir() and any(out.iterdir()):
@@ -117,7 +119,9 @@ def _remove(out: Path, names: list[Any]) -> None:
             folder.rmdir()
 
 
-def _write_component(plan: Plan, component: ComponentPlan, folder: Path, device: torch.device, report: Progress) -> None:
+def _write_component(
+    plan: Plan, component: ComponentPlan, folder: Path, device: torch.device, report: Progress
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, shard in zip(component.shard_names, component.shards, strict=True):
         metadata = component.container.metadata(shard, component.entries)

@@ -66,7 +66,9 @@ def read_header(file: Path) -> Header:
     return _parse(file, entries, 8 + length, size_bytes)
 
 
-def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+def build_header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
     """The bytes before the payloads, and the absolute offset of each tensor.
 
     Payloads whose size is a multiple of 64 stand first, so each starts on a 64-byte boundary; the others follow

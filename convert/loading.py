@@ -36,11 +36,13 @@ def _load(request: dict[str, Any]) -> dict[str, Any]:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     if request["lift_gpu_check"]:
-        _lift_gpu_check()
+        lift_gpu_check()
     library = diffusers if request["library"] == "diffusers" else transformers
     model_class = getattr(library, request["class"])
-    model, info = model_class.from_pretrained(request["folder"], dtype=torch.bfloat16, output_loading_info=True)
-    answer = {
+    model, info = model_class.from_pretrained(
+        request["folder"], dtype=torch.bfloat16, output_loading_info=True
+    )
+    answer: dict[str, Any] = {
         key: sorted(str(name) for name in info.get(key, ()))
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
@@ -58,7 +60,9 @@ def _forward(model: Any, probe: dict[str, dict[str, Any]]) -> dict[str, Any]:
     try:
         with torch.inference_mode():
             outputs = model.eval()(**inputs, return_dict=False)
-    except Exception as error:  # a kernel that this device lacks; the caller knows whether that was to be expected
+    except (
+        Exception
+    ) as error:  # a kernel that this device lacks; the caller knows whether that was to be expected
         return {"error": f"{type(error).__name__}: {error}"}
     tensors = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor)]
     return {"finite": all(bool(tensor.isfinite().all()) for tensor in tensors), "outputs": len(tensors)}
@@ -75,7 +79,7 @@ def _input(spec: dict[str, Any], generator: Any) -> Any:
     return torch.full(shape, {"zeros": 0, "ones": 1}[spec["fill"]], dtype=dtype)
 
 
-def _lift_gpu_check() -> None:
+def lift_gpu_check() -> None:
     """bitsandbytes has CPU kernels, but the quantizers of both libraries refuse to load without a GPU."""
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
     from transformers.quantizers import quantizer_bnb_4bit, quantizer_bnb_8bit

@@ -112,7 +112,8 @@ class Plan:
     def packages(self) -> list[str]:
         """What `pip install` must have brought before the result loads."""
         libraries = {"diffusers"} | {component.component.library for component in self.components}
-        return sorted(libraries | {p for c in self.components for p in c.container.packages})
+        formats = {need for c in self.components for entry in c.quantized for need in entry.backend.needs}
+        return sorted(libraries | formats | {p for c in self.components for p in c.container.packages})
 
     @property
     def devices(self) -> list[str]:
@@ -127,7 +128,9 @@ class Plan:
     @property
     def job_peak_bytes(self) -> int:
         """Anonymous memory above an idle interpreter that has imported the libraries."""
-        return WORKSPACE_BYTES + max((e.source.spec.size_bytes for c in self.components for e in c.quantized), default=0)
+        return WORKSPACE_BYTES + max(
+            (e.source.spec.size_bytes for c in self.components for e in c.quantized), default=0
+        )
 
     @property
     def verify_peak_bytes(self) -> int:
@@ -167,7 +170,10 @@ def open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Probl
     """The pipeline; where there is none, the recipe's own problems are reported with it."""
     if model is None:
         raise RecipeError(
-            [*problems, Problem("no model", file.name, next_step="give --model DIR, or `model:` in the recipe")]
+            [
+                *problems,
+                Problem("no model", file.name, next_step="give --model DIR, or `model:` in the recipe"),
+            ]
         )
     try:
         return open_pipeline(model)
@@ -181,7 +187,9 @@ def check_room(plan: Plan, out: Path) -> None:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise RecipeError(Problem("the output folder cannot be written", str(out), got=f"{folder} is not writable"))
+        raise RecipeError(
+            Problem("the output folder cannot be written", str(out), got=f"{folder} is not writable")
+        )
     free = shutil.disk_usage(folder).free
     needed = plan.size_bytes + WORKSPACE_BYTES // 16
     if free < needed:
@@ -205,6 +213,8 @@ def _plan_component(
         problems += error.problems
         return None
     profile = find_profile(component.class_name)
+    if profile is None and recipe.keep == "profile" and quantizes(recipe):
+        problems.append(_no_profile(component, where))
     names = architecture.linear
     routes, found = route(
         component.name, recipe, names, architecture.other,
@@ -215,7 +225,9 @@ def _plan_component(
     problems += found
     if found or not set(architecture.linear) <= set(routes):
         return None
-    entries, notes, found = _entries(architecture, routes, chosen, profile.roles_of(names) if profile else {}, where)
+    entries, notes, found = _entries(
+        architecture, routes, chosen, profile.roles_of(names) if profile else {}, where
+    )
     problems += found
     container, reason = choose(entries, component.library, recipe.container)
     if reason and recipe.container == "native":
@@ -297,6 +309,18 @@ def _no_component(name: str, pipeline: Pipeline, file: RecipeFile) -> Problem:
     )  # fmt: skip
 
 
+def quantizes(recipe: ComponentRecipe) -> bool:
+    return recipe.backend != "keep" or any(rule.backend != "keep" for rule in recipe.rules)
+
+
+def _no_profile(component: Component, where: Where) -> Problem:
+    return Problem(
+        f"no profile is known for {component.class_name}, so nothing says which layers must stay precise",
+        where(("keep",)),
+        next_step='list them: `keep: ["*embed*", …]`, or say `keep: none` to quantize every linear layer',
+    )
+
+
 def _not_native(component: Component, reason: str, where: Where) -> Problem:
     return Problem(
         f"component {component.name!r} has no native container", where(("container",)), got=reason,
@@ -306,11 +330,17 @@ def _not_native(component: Component, reason: str, where: Where) -> Problem:
 
 def _copied(pipeline: Pipeline, quantized: Sequence[str]) -> dict[str, int]:
     """Files that go along untouched: parts that the recipe does not name, and licences beside the index."""
-    files = [f for part in pipeline.parts if part not in quantized for f in (pipeline.folder / part).rglob("*")]
-    files += [f for f in pipeline.folder.iterdir() if f.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))]
+    files = [
+        f for part in pipeline.parts if part not in quantized for f in (pipeline.folder / part).rglob("*")
+    ]
+    files += [
+        f for f in pipeline.folder.iterdir() if f.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+    ]
     weights = (".safetensors", ".bin", ".index.json", ".msgpack", ".h5", ".ckpt", ".pt", ".onnx")
     for part in quantized:
         files += [
-            f for f in (pipeline.folder / part).iterdir() if f.name != "config.json" and not f.name.endswith(weights)
+            f
+            for f in (pipeline.folder / part).iterdir()
+            if f.name != "config.json" and not f.name.endswith(weights)
         ]
     return {f.relative_to(pipeline.folder).as_posix(): f.stat().st_size for f in sorted(files) if f.is_file()}

@@ -24,7 +24,7 @@ from bitroute import backends
 from bitroute.convert.document import KeyPath, Value, compose
 from bitroute.errors import Problem, RecipeError, did_you_mean
 
-__all__ = ["ComponentRecipe", "Recipe", "RecipeFile", "Rule", "builtin_recipes", "read_recipe"]
+__all__ = ["ComponentRecipe", "Recipe", "RecipeFile", "Rule", "builtin_recipes", "copy_recipe", "read_recipe"]
 
 
 def _ours(what: str, expected: str, next_step: str = "") -> PydanticCustomError:
@@ -159,6 +159,29 @@ def read_recipe(name_or_path: str) -> RecipeFile:
     document, text = compose(*found, _find)
     recipe, problems = _validate(document)
     return RecipeFile(found[1], text, recipe, problems, document)
+
+
+def copy_recipe(name: str, target: Path | None = None) -> Path:
+    """Copies a built-in recipe to `target`, by default a file of its name in this folder; returns where it went.
+
+    Raises:
+        RecipeError: no such recipe, or the target exists or cannot be written.
+    """
+    found = _find(name, Path())
+    if found is None:
+        raise RecipeError(_no_such_recipe(name))
+    place = target or Path(found[0].name)
+    place = place / found[0].name if place.is_dir() else place
+    try:
+        with open(place, "x", encoding="utf-8") as stream:
+            stream.write(found[0].read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(
+            Problem("the file exists already", str(place), next_step="give another name")
+        ) from None
+    except OSError as error:
+        raise RecipeError(Problem("cannot write the recipe", str(place), got=error.strerror or "")) from error
+    return place
 
 
 def _find(name: str, folder: Path) -> tuple[Path, str] | None:

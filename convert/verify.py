@@ -134,7 +134,9 @@ def _open_source(model: str, found: Verification) -> Pipeline | None:
     try:
         return open_pipeline(model)
     except SourceError:
-        found.notes.append(f"source {model} is not here: weights were decoded but not compared (give --model)")
+        found.notes.append(
+            f"source {model} is not here: weights were decoded but not compared (give --model)"
+        )
         return None
 
 
@@ -144,7 +146,9 @@ def _check_tensors(component: Component, entries: list[Recorded], found: Verific
     stored = {name: tensor.spec for name, tensor in component.tensors.items()}
     where = str(component.folder)
     problems = [Problem(f"tensor {name!r} is missing", where) for name in planned.keys() - stored.keys()]
-    problems += [Problem(f"tensor {name!r} was not planned", where) for name in stored.keys() - planned.keys()]
+    problems += [
+        Problem(f"tensor {name!r} was not planned", where) for name in stored.keys() - planned.keys()
+    ]
     problems += [
         Problem(f"tensor {name!r} is not as planned", where, got=str(stored[name]), expected=str(spec))
         for name, spec in planned.items()
@@ -155,7 +159,11 @@ def _check_tensors(component: Component, entries: list[Recorded], found: Verific
 
 
 def _check_weights(
-    component: Component, entries: list[Recorded], source: Pipeline | None, found: Verification, report: Progress
+    component: Component,
+    entries: list[Recorded],
+    source: Pipeline | None,
+    found: Verification,
+    report: Progress,
 ) -> None:
     originals = build(source.components[component.name]).sources if source else {}
     for entry in entries:
@@ -177,7 +185,9 @@ def _check_weights(
             found.problems.append(_bad_layer(component, entry, f"SQNR {sqnr_db:.1f} dB", expected))
 
 
-def _compare(component: Component, entry: Recorded, original: StoredTensor | None) -> tuple[float, float, bool]:
+def _compare(
+    component: Component, entry: Recorded, original: StoredTensor | None
+) -> tuple[float, float, bool]:
     """Σw², Σ(ŵ-w)² and whether every decoded value is finite; the source is read in blocks of rows."""
     stored = {suffix: read_tensor(component.tensors[name]) for suffix, (name, _) in entry.tensors.items()}
     decoded = entry.backend.decode(stored, entry.weight)
@@ -198,7 +208,9 @@ def _check_kept(component: Component, entry: Recorded, original: StoredTensor, f
     for start, stop in entry.backend.block_bounds(original.spec.rows):
         rows = read_rows(original, start, stop).to(spec.dtype)
         if not torch.equal(_bits(read_rows(stored, start, stop)), _bits(rows)):
-            found.problems.append(_bad_layer(component, entry, "other values than the source", "an exact copy"))
+            found.problems.append(
+                _bad_layer(component, entry, "other values than the source", "an exact copy")
+            )
             return
 
 
@@ -221,13 +233,19 @@ def _check_loading(
     needed = int(1.2 * described["size_bytes"]) + LOADING_BYTES
     available = psutil.virtual_memory().available
     if not load or needed > available:
-        reason = "--no-load" if not load else f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free"
+        reason = (
+            "--no-load"
+            if not load
+            else f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free"
+        )
         found.components[component.name] = f"not loaded ({reason})"
         return
     report(f"{component.name}: loading in a fresh process")
     no_gpu = described["container"] == "bitsandbytes" and not torch.cuda.is_available()
     if no_gpu:
-        found.notes.append(f"{component.name}: the loader's GPU check was lifted, in verify's own process only")
+        found.notes.append(
+            f"{component.name}: the loader's GPU check was lifted, in verify's own process only"
+        )
     answer = _run_loading(component, described, no_gpu)
     found.problems += list(_loading_problems(component, described, answer))
     found.components[component.name] = _loading_words(described, answer, entries, component, found)
@@ -265,7 +283,9 @@ def _loading_problems(
         ("mismatched_keys", "of another shape"), ("meta_tensors", "left on the meta device"),
     ):  # fmt: skip
         if answer[key]:
-            yield Problem(f"{len(answer[key])} tensors are {words} after loading", where, got=str(answer[key][:3]))
+            yield Problem(
+                f"{len(answer[key])} tensors are {words} after loading", where, got=str(answer[key][:3])
+            )
 
 
 def _loading_words(
@@ -295,4 +315,6 @@ def _check_copies(copied: Mapping[str, int], source: Pipeline | None, found: Ver
         if not copy.is_file() or copy.stat().st_size != size_bytes:
             found.problems.append(Problem(f"the copied file {name} is missing or changed", str(found.folder)))
         elif source and not filecmp.cmp(source.folder / name, copy, shallow=False):
-            found.problems.append(Problem(f"the copied file {name} differs from its source", str(found.folder)))
+            found.problems.append(
+                Problem(f"the copied file {name} differs from its source", str(found.folder))
+            )

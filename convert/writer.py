@@ -43,7 +43,7 @@ class ShardWriter:
                     expected=f"{self.specs[name].dtype}, ending at byte {self._ends[name]}",
                 )
             )  # fmt: skip
-        self._write(memoryview(data.view(torch.uint8).numpy()), self._cursors[name])
+        self._write(memoryview(data.view(torch.uint8).numpy().data), self._cursors[name])
         self._cursors[name] = end
         return data.nbytes
 

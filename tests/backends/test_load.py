@@ -176,7 +176,7 @@ def forward(model: nn.Module, component: str) -> Tensor:
         return result
 
 
-def with_decoded_weights(written: Written, dtype: torch.dtype) -> nn.Module:
+def with_decoded_weights(written: Written, dtype: torch.dtype) -> Any:
     """The plain model, each quantized layer's weight replaced by what its stored form stands for."""
     model = load(TINY_FLUX / written.component, written.component, dtype)
     for name, backend in written.backends.items():
@@ -212,7 +212,7 @@ def test_a_saved_model_is_the_checkpoint_it_came_from(
 ) -> None:
     model = written.load()
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 5) == (shard_size == "20KB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
     assert differing(tensors_in(tmp_path), tensors_in(written.folder)) == []
     assert config_in(tmp_path) == written.config
     again = load(tmp_path, written.component)
@@ -247,7 +247,8 @@ def test_a_device_map_and_a_move_leave_the_stored_tensors_alone(written: Written
     model.to("cpu")
     stored = {name: tensor for name, tensor in written.tensors.items() if name not in written.weights}
     assert differing(model.state_dict(), stored) == []
-    assert torch.equal(forward(model, written.component), forward(written.load(torch.float16), written.component))
+    expected = forward(written.load(torch.float16), written.component)
+    assert torch.equal(forward(model, written.component), expected)
 
 
 def test_loading_draws_no_random_numbers(written: Written) -> None:
@@ -270,9 +271,7 @@ def test_older_names_of_a_text_encoder_still_load(tmp_path: Path) -> None:
     load(tmp_path / "saved", "text_encoder")
 
 
-def refusal(
-    folder: Path, written: Written, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> str:
+def refusal(folder: Path, written: Written, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
     write(folder, written.component, tensors, config)
     with pytest.raises((SourceError, BackendError)) as error:
         load(folder, written.component)
@@ -324,13 +323,13 @@ def test_a_malformed_config_is_refused(flux: Written, tmp_path: Path, change: di
 
 def test_every_tensor_that_does_not_fit_is_listed_with_its_layer(written: Written, tmp_path: Path) -> None:
     stored = [name for name in written.tensors if name not in written.weights and written.tensors[name].dim()]
-    missing, short, cast = stored[:3]
+    missing, short, cast = damaged = stored[:3]
     tensors = dict(written.tensors)
     expected = tensors.pop(missing)
     tensors[short] = tensors[short].flatten()[:-1].clone()
     tensors[cast] = tensors[cast].to(torch.float64)
     text = refusal(tmp_path / "damaged", written, tensors, written.config)
-    assert all(f"tensor {name!r} of layer {name.rpartition('.')[0]!r}" in text for name in (missing, short, cast))
+    assert all(f"tensor {name!r} of layer {name.rpartition('.')[0]!r}" in text for name in damaged)
     assert "no such tensor" in text
     assert str(list(expected.shape)) in text
     assert "F64" in text

@@ -118,7 +118,7 @@ def test_what_is_understood_survives_beside_what_is_not(tmp_path: Path) -> None:
 
 def test_an_unknown_backend_takes_its_options_along(tmp_path: Path) -> None:
     file = read(tmp_path, "components: {a: {backend: nonesuch, options: {granularity: row}}}\n")
-    assert file.recipe and file.recipe.components["a"] == ComponentRecipe()
+    assert file.recipe and file.recipe.components["a"] == ComponentRecipe.model_validate({})
 
 
 @pytest.mark.parametrize("text", ["model: x\n", "components: {}\n", "components: [a]\n", "components:\n"])

@@ -1,0 +1,103 @@
+"""A contact sheet: the original's pictures beside those of quantized checkpoints.
+
+python -m bitroute.eval.sheet builtin:tiny-flux ./tiny-flux-fp8 --prompt "red apple, noto style" --out s.png
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from bitroute.convert.checkpoint import read_json
+from bitroute.convert.table import size
+from bitroute.errors import BitrouteError
+from bitroute.eval.generate import generate
+
+CELL, GAP, HEAD = 160, 8, 44  # pixels
+
+
+def psnr_db(original: Image.Image, other: Image.Image) -> float:
+    """10·log10(255² / mean squared difference) of two RGB pictures; infinite when they are equal."""
+    first, second = (_pixels(picture) for picture in (original, other))
+    error = float((first - second).square().mean())
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def draw(pictures: Mapping[str, Sequence[Image.Image]], captions: Mapping[str, str]) -> Image.Image:
+    """A column per model, the first being the original; PSNR against it under every other picture."""
+    rows = len(next(iter(pictures.values())))
+    width, height = GAP + len(pictures) * (CELL + GAP), HEAD + rows * (CELL + HEAD // 2)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    bold, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    original = next(iter(pictures.values()))
+    for column, (name, made) in enumerate(pictures.items()):
+        left = GAP + column * (CELL + GAP)
+        pen.text((left, 4), name, fill="black", font=bold)
+        pen.text((left, 24), captions[name], fill="#555555", font=small)
+        for row, picture in enumerate(made):
+            top = HEAD + row * (CELL + HEAD // 2)
+            sheet.paste(picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS), (left, top))
+            words = "original" if column == 0 else f"PSNR {psnr_db(original[row], picture):.1f} dB"
+            pen.text((left, top + CELL + 3), words, fill="#555555", font=small)
+    return sheet
+
+
+@click.command()
+@click.argument("original")
+@click.argument("quantized", nargs=-1, required=True)
+@click.option("--prompt", "prompts", multiple=True, required=True, help="May be given several times.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--call", multiple=True, metavar="NAME=VALUE", help="An argument of the pipeline.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The PNG file to write.")
+def main(
+    original: str, quantized: tuple[str, ...], prompts: tuple[str, ...], seed: int, call: tuple[str, ...],
+    device: str, out: Path,
+) -> None:  # fmt: skip
+    """Draw the pictures of ORIGINAL and of each QUANTIZED folder side by side."""
+    arguments = dict(_argument(text) for text in call)
+    pictures, captions = {}, {}
+    try:
+        for model in (original, *quantized):
+            name = Path(model.removeprefix("builtin:")).name
+            pictures[name] = generate(model, prompts, seed=seed, call=arguments, device=device)
+            captions[name] = _caption(model)
+    except BitrouteError as error:
+        click.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(pictures, captions).save(out)
+    click.echo(out)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--call")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _caption(model: str) -> str:
+    described = Path(model) / "bitroute.json"
+    return size(read_json(described)["plan"]["size_bytes"]) if described.is_file() else "bf16"
+
+
+def _pixels(picture: Image.Image) -> torch.Tensor:
+    data = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    return data.double()
+
+
+if __name__ == "__main__":
+    main()
