@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import traceback
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,10 +238,8 @@ def _console() -> Any:
 
 def _again() -> str:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    overwrite = (
-        [] if "--overwrite" in words or "--recipe" not in words and "-r" not in words else ["--overwrite"]
-    )
-    return " ".join([*words, *overwrite])
+    is_job = "--recipe" in words or "-r" in words
+    return " ".join([*words, *(["--overwrite"] if is_job and "--overwrite" not in words else [])])
 
 
 def _quiet_libraries(verbose: int) -> None:

@@ -16,7 +16,7 @@ from bitroute.errors import Problem, SourceError
 
 @dataclass(frozen=True)
 class Architecture:
-    """layers: layer name → module class, for every module with a weight; sources: tensor name → where it is stored."""
+    """layers: layer → module class, for every module with a weight; sources: tensor name → where it is stored."""
 
     layers: dict[str, str]
     sources: dict[str, StoredTensor]
@@ -100,7 +100,7 @@ def _find_class(component: Component) -> Any:
             Problem(
                 f"{component.library} {library.__version__} has no model class {component.class_name!r}",
                 str(component.folder.parent / "model_index.json"),
-                next_step=f"pip install -U {component.library}, or leave component {component.name!r} out of the recipe",
+                next_step=f"pip install -U {component.library}, or leave {component.name!r} out of the recipe",
             )
         )  # fmt: skip
     return found
@@ -133,8 +133,8 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_quantized(component: Component) -> None:
     config = component.config.get("quantization_config")
-    dtypes = {str(t.spec.dtype).removeprefix("torch.") for t in component.tensors.values() if t.spec.dtype.itemsize == 1
-              and t.spec.dtype != torch.bool}  # fmt: skip
+    stored = {tensor.spec.dtype for tensor in component.tensors.values()} - {torch.bool}
+    dtypes = {str(dtype).removeprefix("torch.") for dtype in stored if dtype.itemsize == 1}
     if config or dtypes:
         got = (
             f"quant_method {config.get('quant_method')!r}"

@@ -63,6 +63,7 @@ class Torchao(Container):
 
     def config(self, entries: Sequence[Entry]) -> dict[str, Any]:
         configs = {entry.layer: json.dumps(_record_config(entry)) for entry in entries if entry.quantized}
+        configs = {layer: config for layer, config in configs.items() if config != "{}"}  # torchao has no config for it
         layers = {f"re:{fold.regex}": json.loads(config) for config, fold in fold_by(configs)}
         quant_type = {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": layers}}
         return {"quant_method": "torchao", "quant_type": {"default": quant_type}}
@@ -109,7 +110,8 @@ class Quanto(Container):
             return "a quanto folder holds one type for all layers"
         both = _last_parts(_kept(entries)) & _last_parts(entry.layer for entry in entries if entry.quantized)
         if both:
-            return f"its loader knows layers by their last name only, and {sorted(both)[0]!r} is both kept and quantized"
+            name = sorted(both)[0]
+            return f"its loader knows layers by their last name only, and {name!r} is both kept and quantized"
         return ""
 
 
