@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitroute.backends import load
-from bitroute.backends.base import TensorSpec
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -47,7 +47,7 @@ class BitrouteQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         float32 = model._get_dtype_plan(model.config.dtype)
-        self.stored = load.attach(model, self.backends, checkpoint_files, float32, _renaming(model))
+        self.stored = load.attach(model, self.backends, checkpoint_files, float32, renaming(model))
         for name in self.backends:
             # or transformers decodes every weight, only to fill the copy with random numbers
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
@@ -57,11 +57,11 @@ class BitrouteQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def _renaming(model: Any) -> load.Rename:
+def renaming(model: Any) -> load.Rename:
     """What transformers makes of the names in a file: those of older versions carry other prefixes."""
     steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
 
-    def rename(name: str, expected: dict[str, TensorSpec]) -> str:
+    def rename(name: str, expected: Mapping[str, object]) -> str:
         renamed: str = rename_source_key(name, steps, [], model.base_model_prefix, expected)[0]
         return renamed if renamed in expected else name
 

@@ -20,6 +20,12 @@ from torch.nn import functional
 
 from bitroute.errors import BackendError, Problem, did_you_mean
 
+CODES = {  # as safetensors headers spell dtypes
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 BLOCK_ELEMENTS = 256 * 1024  # a block of rows and its temporaries stay in the cache
 REGISTRY: dict[str, type[Backend]] = {}
 
@@ -228,8 +234,7 @@ class QuantizedLinear(nn.Module):
         for suffix, dtype in dtypes.items():
             if self.get_buffer(suffix).dtype != dtype:
                 setattr(self, suffix, before[suffix].to(self.get_buffer(suffix).device))
-        if self.bias is not None:
-            self.spec = TensorSpec(self.spec.shape, self.bias.dtype)
+        self.spec = TensorSpec(self.spec.shape, fn(torch.empty(0, dtype=self.spec.dtype)).dtype)
         return self
 
     def extra_repr(self) -> str:

@@ -17,19 +17,13 @@ from safetensors import safe_open
 from torch import nn
 
 from bitroute.backends import create
-from bitroute.backends.base import Backend, QuantizedLinear, TensorSpec
+from bitroute.backends.base import CODES, Backend, QuantizedLinear, TensorSpec
 from bitroute.errors import Problem, SourceError
 
 FORMAT_VERSION = 1
 WHERE = "quantization_config"
-Rename = Callable[[str, dict[str, TensorSpec]], str]
+Rename = Callable[[str, Mapping[str, object]], str]  # a stored name, the names of the model → its own name for it
 SHOWN = 20  # problems of one checkpoint that an error lists
-CODES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
-    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.bool: "BOOL",
-}  # fmt: skip
 
 
 class QuantMethod(str, Enum):  # noqa: UP042 - the libraries compare it with plain strings and also read `.value`

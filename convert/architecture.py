@@ -50,7 +50,7 @@ def build(component: Component) -> Architecture:
     _refuse_quantized(component)
     model = build_model(component)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    sources = _match(component.tensors, set(expected), getattr(model, "base_model_prefix", ""))
+    sources = _match(component, model, expected)
     tied = _tied(model)
     problems = [
         Problem(f"the checkpoint lacks tensor {name!r}", str(component.folder),
@@ -106,12 +106,14 @@ def _find_class(component: Component) -> Any:
     return found
 
 
-def _match(stored: Mapping[str, StoredTensor], wanted: set[str], prefix: str) -> dict[str, StoredTensor]:
-    """File names to the names the class uses; older transformers files carry the base model's prefix."""
-    return {
-        name.removeprefix(prefix + ".") if name.removeprefix(prefix + ".") in wanted else name: tensor
-        for name, tensor in stored.items()
-    }
+def _match(component: Component, model: nn.Module, expected: Mapping[str, object]) -> dict[str, StoredTensor]:
+    """The stored tensors under the names the class uses; files of older transformers carry other prefixes."""
+    if component.library != "transformers":
+        return component.tensors
+    from bitroute.backends._transformers import renaming
+
+    rename = renaming(model)
+    return {rename(name, expected): tensor for name, tensor in component.tensors.items()}
 
 
 def _tied(model: nn.Module) -> set[str]:

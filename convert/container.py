@@ -53,7 +53,10 @@ class Plain(Container):
 
 
 class Torchao(Container):
-    """Mixed per layer; every shard's metadata lists all names, because readers believe the last shard they see."""
+    """Mixed per layer; every shard's metadata lists all names, because readers believe the last shard they see.
+
+    FqnToConfig leaves out the few layers for which torchao has a tensor but no config (an empty record).
+    """
 
     name, packages = "torchao", ("torchao",)
 
@@ -63,7 +66,7 @@ class Torchao(Container):
 
     def config(self, entries: Sequence[Entry]) -> dict[str, Any]:
         configs = {entry.layer: json.dumps(_record_config(entry)) for entry in entries if entry.quantized}
-        configs = {layer: config for layer, config in configs.items() if config != "{}"}  # torchao has no config for it
+        configs = {layer: config for layer, config in configs.items() if config != "{}"}
         layers = {f"re:{fold.regex}": json.loads(config) for config, fold in fold_by(configs)}
         quant_type = {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": layers}}
         return {"quant_method": "torchao", "quant_type": {"default": quant_type}}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+from bitroute.backends.base import CODES
 from bitroute.convert.entry import Entry
 from bitroute.convert.fold import fold
-from bitroute.convert.layout import CODES
 from bitroute.convert.plan import ComponentPlan, Plan
 
 FORMAT_VERSION = 1

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitroute.backends.base import CODES
 from bitroute.convert.checkpoint import read_json
-from bitroute.convert.layout import CODES, Header, read_header
+from bitroute.convert.layout import Header, read_header
 from bitroute.errors import Problem, SourceError
 
 

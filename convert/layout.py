@@ -13,20 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bitroute.backends.base import TensorSpec
+from bitroute.backends.base import CODES, TensorSpec
 from bitroute.errors import Problem, SourceError
 
 ALIGNMENT_BYTES = 64
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def test_a_zero_row_of_float8_is_zeros_where_torchao_gives_nan_and_changes_no_ot
 @pytest.mark.parametrize(
     ("name", "options"),
     [("float8", {}), ("float8", {"granularity": "tensor"}), ("float8", {"activations": "dynamic"}),
-     ("float8", {"granularity": "tensor", "activations": "dynamic"}), ("int8", {}), ("int8", {"activations": "dynamic"})],
+     ("float8", {"granularity": "tensor", "activations": "dynamic"}), ("int8", {}),
+     ("int8", {"activations": "dynamic"})],
 )  # fmt: skip
 def test_what_torchao_reads_back_runs_as_our_layer_does(name: str, options: dict[str, str]) -> None:
     weight = weights("gaussian", torch.bfloat16)
