@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import traceback
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bitroute.convert.noise import quiet
 from bitroute.errors import BitrouteError
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class _Command(click.Group):
     """Turns bitroute's errors into text and an exit code; a traceback only with -vv."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        _quiet_libraries(ctx.params.get("verbose", 0))
+        if not ctx.params.get("verbose", 0):
+            quiet()
         try:
             return super().invoke(ctx)
         except BitrouteError as error:
@@ -242,16 +243,6 @@ def _again() -> str:
     return " ".join([*words, *(["--overwrite"] if is_job and "--overwrite" not in words else [])])
 
 
-def _quiet_libraries(verbose: int) -> None:
-    """The libraries' import-time remarks about kernels that this machine lacks are not the user's business."""
-    if verbose:
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "optimum"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
 class _Bar:
     """A bar with rate and time left on a terminal; a line every tenth of the way elsewhere."""
 
@@ -276,7 +267,7 @@ class _Bar:
             self.live.update(self.task, advance=done_bytes, what=what)
         elif self.total_bytes and self.done_bytes * 10 // self.total_bytes > self.tenth:
             self.tenth = self.done_bytes * 10 // self.total_bytes
-            click.echo(f"{self.title}: {self.tenth * 10} % ({self.done_bytes / 1e9:.2f} GB)", err=True)
+            click.echo(f"{self.title}: {self.tenth * 10} % of {self.total_bytes / 1e6:,.1f} MB", err=True)
 
 
 def _rich_progress() -> Any:

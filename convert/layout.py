@@ -53,7 +53,7 @@ def read_header(file: Path) -> Header:
             entries = json.loads(stream.read(length))
     except OSError as error:
         raise SourceError(Problem("cannot read the file", str(file), got=str(error))) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python converts
         raise _broken(file, f"a header that is not JSON: {error}") from error
     return _parse(file, entries, 8 + length, size_bytes)
 
@@ -114,6 +114,8 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
         begin, end = entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(file, f"tensor {name!r} without dtype, shape and data_offsets") from error
+    if not name.isprintable():
+        raise _broken(file, f"tensor {name!r}, a name that cannot be printed")
     if dtype is None:
         raise _broken(file, f"tensor {name!r} of dtype {entry['dtype']!r}", expected=", ".join(DTYPES))
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end)):

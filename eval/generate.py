@@ -44,11 +44,14 @@ def generate(
 
 
 def _load(folder: Path, device: str) -> Any:
-    from diffusers import DiffusionPipeline
+    import diffusers
+    import transformers
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     if _uses_bitsandbytes(folder) and not torch.cuda.is_available():
         lift_gpu_check()
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device == "cpu" else pipe.to(device)
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from bitroute.convert.checkpoint import read_json
+from bitroute.convert.noise import quiet
 from bitroute.convert.table import size
 from bitroute.errors import BitrouteError
 from bitroute.eval.generate import generate
@@ -64,6 +65,7 @@ def main(
     device: str, out: Path,
 ) -> None:  # fmt: skip
     """Draw the pictures of ORIGINAL and of each QUANTIZED folder side by side."""
+    quiet()
     arguments = dict(_argument(text) for text in call)
     pictures, captions = {}, {}
     try:
