@@ -27,7 +27,7 @@ LOADING_BYTES = 512 * 2**20  # activations and bookkeeping of the probe forward
 
 
 KeyPath = tuple[str | int, ...]
-Where = Callable[[KeyPath], str]  # a place in the component's recipe → file:line
+Where = Callable[[KeyPath], str]  # a place in the recipe → file:line
 Choice = tuple[str, KeyPath]  # a backend's name and the place that chose it
 
 
@@ -204,9 +204,7 @@ def check_room(plan: Plan, out: Path) -> None:
 def _plan_component(
     component: Component, recipe: ComponentRecipe, file: RecipeFile, problems: list[Problem]
 ) -> ComponentPlan | None:
-    def where(path: KeyPath) -> str:
-        return file.where(("components", component.name, *path))
-
+    where = file.where
     try:
         architecture = build(component)
     except SourceError as error:
@@ -316,14 +314,14 @@ def quantizes(recipe: ComponentRecipe) -> bool:
 def _no_profile(component: Component, where: Where) -> Problem:
     return Problem(
         f"no profile is known for {component.class_name}, so nothing says which layers must stay precise",
-        where(("keep",)),
+        where(("components", component.name, "keep")),
         next_step='list them: `keep: ["*embed*", …]`, or say `keep: none` to quantize every linear layer',
     )
 
 
 def _not_native(component: Component, reason: str, where: Where) -> Problem:
     return Problem(
-        f"component {component.name!r} has no native container", where(("container",)), got=reason,
+        f"component {component.name!r} has no native container", where(("components", component.name, "container")), got=reason,
         next_step="change the rules, or say `container: bitroute` (loading then needs `import bitroute`)",
     )  # fmt: skip
 
