@@ -107,10 +107,11 @@ class Pipeline:
         """The parts that hold weights; tokenizers and schedulers are files to copy."""
         found = {}
         for name, entry in self.index.items():
-            if isinstance(entry, list) and len(entry) == 2 and entry[0] in STEMS:
-                library, class_name = entry
-                if (self.folder / name / "config.json").is_file():
-                    found[name] = Component(name, library, class_name, self.folder / name)
+            if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
+                continue
+            library, class_name = entry
+            if library in STEMS and (self.folder / name / "config.json").is_file():
+                found[name] = Component(name, library, class_name, self.folder / name)
         return found
 
     @property
@@ -142,7 +143,14 @@ def open_pipeline(model: str) -> Pipeline:
                 next_step="give the folder that holds model_index.json, not one of its components",
             )
         )  # fmt: skip
-    return Pipeline(folder, model, read_json(folder / "model_index.json"))
+    index = read_json(folder / "model_index.json")
+    for name in index:
+        if Path(name).name != name or name in ("", ".."):
+            raise SourceError(
+                Problem("the index names a part outside the pipeline folder", str(folder / "model_index.json"),
+                        got=name, expected="plain folder names")
+            )  # fmt: skip
+    return Pipeline(folder, model, index)
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
@@ -166,23 +174,21 @@ def read_tensor(tensor: StoredTensor) -> Tensor:
 
 
 def read_into(tensor: StoredTensor, begin: int, buffer: memoryview) -> None:
-    handle = os.open(tensor.file, os.O_RDONLY)
     try:
-        filled = 0
-        while filled < len(buffer):
-            got = os.preadv(handle, [buffer[filled:]], tensor.offset + begin + filled)
-            if not got:
-                raise SourceError(
-                    Problem(f"the file ends inside tensor {tensor.name!r}", str(tensor.file),
-                            next_step="download or write this file again")
-                )  # fmt: skip
-            filled += got
+        with open(tensor.file, "rb", buffering=0) as stream:
+            filled = 0
+            while filled < len(buffer):
+                got = os.preadv(stream.fileno(), [buffer[filled:]], tensor.offset + begin + filled)
+                if not got:
+                    raise SourceError(
+                        Problem(f"the file ends inside tensor {tensor.name!r}", str(tensor.file),
+                                next_step="download or write this file again")
+                    )  # fmt: skip
+                filled += got
     except OSError as error:
         raise SourceError(
             Problem(f"cannot read tensor {tensor.name!r}", str(tensor.file), got=str(error))
         ) from error
-    finally:
-        os.close(handle)
 
 
 def read_blocks(tensor: StoredTensor, bounds: Iterator[tuple[int, int]]) -> Iterator[Tensor]:

@@ -23,28 +23,29 @@ REST = "norms, embeddings, biases"
 def plan_table(plan: Plan) -> RenderableType:
     """Every component and its layers, folded; then totals and what loading will need."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("component", "layers", "role", "rule", "backend", "shape"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("layers", overflow="fold")
+    for heading in ("role", "rule", "backend", "shape"):
+        table.add_column(heading)
     for heading in ("bits", "before", "after"):
         table.add_column(heading, justify="right", no_wrap=True)
     for component in plan.components:
+        table.add_row(f"[bold]{escape(component.name)}[/bold] ({component.container.name} folder)")
         for row in component_rows(component):
             table.add_row(*map(escape, row))
+        table.add_section()
     return Group(table, Text(), Text(plan_summary(plan)))
 
 
 def component_rows(component: ComponentPlan) -> Iterable[Sequence[str]]:
-    head = f"{component.name} ({component.container.name})"
     rest = [entry for entry in component.entries if not _shown(entry)]
     groups = {entry.layer: _key(entry) for entry in component.entries if _shown(entry)}
     by_layer = {entry.layer: entry for entry in component.entries if _shown(entry)}
     for key, names, folds in _joined(fold_by(groups)):
         entries = [by_layer[layer] for layer in groups if groups[layer] == key and _in(layer, folds)]
-        yield (head, names, *key, *_sizes(entries))
-        head = ""
+        yield (names, *key, *_sizes(entries))
     if rest:
-        yield (head, f"{REST} ({len(rest)} tensors)", "", "", "keep", "", *_sizes(rest))
-    yield ("", f"total of {component.name}: {component.parameters / 1e6:,.1f} M parameters", "", "", "", "",
+        yield (f"{REST} ({len(rest)} tensors)", "", "", "keep", "", *_sizes(rest))
+    yield (f"total of {component.name}: {component.parameters / 1e6:,.1f} M parameters", "", "", "", "",
            f"{component.bits_per_weight:.2f}", size(component.source_bytes), size(component.size_bytes))  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def plan_summary(plan: Plan) -> str:
         copied,
         f"whole pipeline: {size(plan.source_bytes)} → {size(plan.size_bytes)} ({ratio:.0%})",
         f"loading needs: pip install {' '.join(plan.packages)}",
-        *plan.devices,
+        *(plan.devices or ["computes on any device that computes in bf16: weights are decoded layer by layer"]),
         f"device memory for all weights at once: {size(sum(c.size_bytes for c in plan.components))}"
         " + what is copied + activations",
         f"disk: {size(plan.size_bytes)} · memory, above the imported libraries: job up to "
