@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -82,7 +83,7 @@ def main(
     from bitroute.convert.plan import plan
 
     out = out or Path(Path(recipe).stem)
-    planned = plan(recipe, model, None if dry_run else out)
+    planned = plan(recipe, model)
     if dry_run:
         _print_plan(planned, as_json)
         return
@@ -238,9 +239,10 @@ def _console() -> Any:
 
 
 def _again() -> str:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    is_job = "--recipe" in words or "-r" in words
-    return " ".join([*words, *(["--overwrite"] if is_job and "--overwrite" not in words else [])])
+    program = Path(sys.argv[0]).name
+    words = [*(["python", "-m", "bitroute"] if program == "__main__.py" else [program]), *sys.argv[1:]]
+    is_job = any(word.startswith(("--recipe", "-r")) for word in words)
+    return shlex.join([*words, *(["--overwrite"] if is_job and "--overwrite" not in words else [])])
 
 
 class _Bar:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,21 +173,26 @@ def read_tensor(tensor: StoredTensor) -> Tensor:
 
 
 def read_into(tensor: StoredTensor, begin: int, buffer: memoryview) -> None:
+    """Fills the buffer with the tensor's bytes from `begin` on; raises as `read_rows` does."""
     try:
         with open(tensor.file, "rb", buffering=0) as stream:
-            filled = 0
-            while filled < len(buffer):
-                got = os.preadv(stream.fileno(), [buffer[filled:]], tensor.offset + begin + filled)
+            stream.seek(tensor.offset + begin)
+            while buffer:
+                got = stream.readinto(buffer)
                 if not got:
-                    raise SourceError(
-                        Problem(f"the file ends inside tensor {tensor.name!r}", str(tensor.file),
-                                next_step="download or write this file again")
-                    )  # fmt: skip
-                filled += got
+                    raise SourceError(_ends_early(tensor))
+                buffer = buffer[got:]
     except OSError as error:
         raise SourceError(
             Problem(f"cannot read tensor {tensor.name!r}", str(tensor.file), got=str(error))
         ) from error
+
+
+def _ends_early(tensor: StoredTensor) -> Problem:
+    return Problem(
+        f"the file ends inside tensor {tensor.name!r}", str(tensor.file),
+        next_step="download or write this file again",
+    )  # fmt: skip
 
 
 def read_blocks(tensor: StoredTensor, bounds: Iterator[tuple[int, int]]) -> Iterator[Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from bitroute.convert.describe import index_names, provenance, summary
 from bitroute.convert.entry import Entry
 from bitroute.convert.layout import total_bytes
 from bitroute.convert.plan import ComponentPlan, Plan, check_room, plan
+from bitroute.convert.workers import run_all
 from bitroute.convert.writer import ShardWriter
-from bitroute.errors import JobError, Problem, RecipeError
+from bitroute.errors import JobError, Problem, RecipeError, SourceError
 
 UNFINISHED = "bitroute.json.part"  # gets its final name when everything else has
-Progress = Callable[[int, str], None]  # source bytes done since the last call, what was worked on
+Progress = Callable[[int, str], None]  # source bytes done since the last call, what was worked on; from any thread
 
 
 def quantize(
@@ -50,7 +52,6 @@ def run(
     report = progress or (lambda done, what: None)
     check_device(device)
     claim(plan, out, overwrite)
-    check_room(plan, out)
     try:
         _write_text(out / UNFINISHED, json.dumps(provenance(plan), indent=1))
         for component in plan.components:
@@ -62,8 +63,8 @@ def run(
     except OSError as error:
         raise JobError(
             Problem(
-                "the job cannot write its output", str(error.filename or out), got=error.strerror or str(error),
-                next_step="mend that, then run the same command with --overwrite",
+                "the job cannot write its output", str(error.filename2 or error.filename or out),
+                got=error.strerror or str(error), next_step="mend that, then run the same command with --overwrite",
             )
         ) from error  # fmt: skip
 
@@ -83,7 +84,8 @@ def claim(plan: Plan, out: Path, overwrite: bool) -> None:
     """Makes the output folder ours: new, empty, or an earlier output whose files `overwrite` may remove.
 
     Raises:
-        RecipeError: it holds other files, is a file, or is the source itself.
+        RecipeError: it holds other files, is a file, or is the source itself, or its disk is too full. Then
+            nothing was removed.
     """
     source = plan.pipeline.folder.resolve()
     if out.resolve() == source or source in out.resolve().parents:
@@ -92,13 +94,18 @@ def claim(plan: Plan, out: Path, overwrite: bool) -> None:
         )
     if out.exists() and not out.is_dir():
         raise RecipeError(Problem("the output is a file", str(out), next_step="give a folder as --out"))
-    if out.is_dir() and any(out.iterdir()):
-        marks = [mark for mark in (out / UNFINISHED, out / "bitroute.json") if mark.is_file()]
-        if not (overwrite and marks):
-            raise RecipeError(_occupied(out, bool(marks)))
-        for mark in marks:
-            _remove(out, read_json(mark).get("files", []))
-    out.mkdir(parents=True, exist_ok=True)
+    marks = [mark for mark in (out / "bitroute.json", out / UNFINISHED) if mark.is_file()]
+    if out.is_dir() and any(out.iterdir()) and not (overwrite and marks):
+        raise RecipeError(_occupied(out, bool(marks)))
+    earlier = {file for mark in marks for file in _files_of(mark)}
+    check_room(plan, out, sum(file.stat().st_size for file in earlier))
+    try:
+        _remove(out, earlier)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            Problem("the output folder cannot be written", str(error.filename or out), got=error.strerror or "")
+        ) from error
 
 
 def _occupied(out: Path, ours: bool) -> Problem:
@@ -108,12 +115,26 @@ def _occupied(out: Path, ours: bool) -> Problem:
     )  # fmt: skip
 
 
-def _remove(out: Path, names: list[Any]) -> None:
-    """The files that an earlier job listed as its own, and the folders that this empties."""
-    for name in [*map(str, names), UNFINISHED]:
-        for file in (out / name, out / f"{name}.part"):
-            if out.resolve() in file.resolve().parents and file.is_file():
-                file.unlink()
+def _files_of(mark: Path) -> set[Path]:
+    """The files that an earlier job listed as its own and that are there, finished or not; none outside its folder."""
+    try:
+        names = read_json(mark).get("files", [])
+    except SourceError:
+        if mark.name != UNFINISHED:
+            raise
+        names = []  # that job ended while it wrote its first file, this one
+    found = {mark}
+    for name in map(str, names):
+        for file in (mark.parent / name, mark.parent / f"{name}.part"):
+            if mark.parent.resolve() in file.resolve().parents and file.is_file():
+                found.add(file)
+    return found
+
+
+def _remove(out: Path, files: Iterable[Path]) -> None:
+    """The files, and the folders that this empties."""
+    for file in files:
+        file.unlink()
     for folder in sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True):
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -126,8 +147,8 @@ def _write_component(
     for name, shard in zip(component.shard_names, component.shards, strict=True):
         metadata = component.container.metadata(shard, component.entries)
         with ShardWriter(folder / name, component.specs(shard), metadata) as writer:
-            for entry in shard:
-                _write_entry(writer, entry, component.container.names(entry), device, report)
+            names = component.container.names
+            run_all(partial(_write_entry, writer, entry, names(entry), device, report) for entry in shard)
     for name in index_names(component):
         _write_json(folder / name, _index(component))
     config = dict(component.component.config)
@@ -183,6 +204,8 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
     shutil.copyfile(source, partial)
+    with open(partial, "rb+") as stream:
+        os.fsync(stream.fileno())
     os.replace(partial, target)
 
 

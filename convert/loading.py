@@ -7,7 +7,6 @@ says that the container needs it: that is what it proves.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import warnings
 from typing import Any
@@ -20,7 +19,6 @@ def main() -> None:
     except Exception as error:  # whatever the libraries raise is the answer
         answer = {"error": f"{type(error).__name__}: {error}"}
     answer["bitroute_imported"] = "bitroute" in sys.modules
-    answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(answer))
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 from bitroute import backends
@@ -67,12 +68,14 @@ class ComponentPlan:
         """Entries in order, cut so that no shard passes SHARD_BYTES; a layer's tensors stay together."""
         shards: list[list[Entry]] = [[]]
         filled = 0
-        for entry in self.entries:
-            if shards[-1] and filled + entry.size_bytes > SHARD_BYTES:
+        for _, group in groupby(self.entries, key=lambda entry: entry.layer):
+            layer = list(group)
+            size_bytes = sum(entry.size_bytes for entry in layer)
+            if shards[-1] and filled + size_bytes > SHARD_BYTES:
                 shards.append([])
                 filled = 0
-            shards[-1].append(entry)
-            filled += entry.size_bytes
+            shards[-1] += layer
+            filled += size_bytes
         return shards
 
     @property
@@ -181,8 +184,11 @@ def open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Probl
         raise RecipeError([*problems, *error.problems]) from error
 
 
-def check_room(plan: Plan, out: Path) -> None:
-    """Raises RecipeError where the disk that holds `out` has less room than the plan writes."""
+def check_room(plan: Plan, out: Path, freed_bytes: int = 0) -> None:
+    """Raises RecipeError where the disk that holds `out` has less room than the plan writes.
+
+    freed_bytes: what the job removes before it writes.
+    """
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -190,7 +196,7 @@ def check_room(plan: Plan, out: Path) -> None:
         raise RecipeError(
             Problem("the output folder cannot be written", str(out), got=f"{folder} is not writable")
         )
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + freed_bytes
     needed = plan.size_bytes + WORKSPACE_BYTES // 16
     if free < needed:
         raise RecipeError(

@@ -21,6 +21,7 @@ from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline, read
 from bitroute.convert.layout import DTYPES, StoredTensor
 from bitroute.convert.plan import LOADING_BYTES
 from bitroute.convert.profile import find_profile
+from bitroute.convert.workers import one_torch_thread
 from bitroute.errors import BitrouteError, Problem, SourceError, VerifyError
 
 Progress = Callable[[str], None]
@@ -85,8 +86,13 @@ def verify(
     Raises:
         SourceError: the folder is not a finished checkpoint of bitroute.
     """
-    report = progress or (lambda what: None)
     found = Verification(Path(folder))
+    with one_torch_thread():
+        _verify(found, model, load, progress or (lambda what: None))
+    return found
+
+
+def _verify(found: Verification, model: str | None, load: bool, report: Progress) -> None:
     content = _provenance(found.folder)
     source = _open_source(model or content["source"]["model"], found)
     for name, described in content["plan"]["components"].items():
@@ -100,7 +106,6 @@ def verify(
         except BitrouteError as error:
             found.problems += error.problems
     _check_copies(content["plan"]["copied"], source, found)
-    return found
 
 
 def raise_for_problems(found: Verification) -> None:
@@ -207,16 +212,22 @@ def _check_kept(component: Component, entry: Recorded, original: StoredTensor, f
     stored = component.tensors[name]
     for start, stop in entry.backend.block_bounds(original.spec.rows):
         rows = read_rows(original, start, stop).to(spec.dtype)
-        if not torch.equal(_bits(read_rows(stored, start, stop)), _bits(rows)):
+        if not torch.equal(_raw(read_rows(stored, start, stop)), _raw(rows)):
             found.problems.append(
                 _bad_layer(component, entry, "other values than the source", "an exact copy")
             )
             return
 
 
-def _bits(rows: torch.Tensor) -> torch.Tensor:
+def _raw(rows: torch.Tensor) -> torch.Tensor:
     """NaN is not equal to itself, its bytes are."""
     return rows.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _bits(entries: list[Recorded]) -> float:
+    """Of the tensors that were found in the files, scales included, over the weights they stand for."""
+    stored = sum(spec.size_bytes for entry in entries for _, spec in entry.tensors.values())
+    return 8 * stored / max(sum(entry.weight.numel for entry in entries), 1)
 
 
 def _bad_layer(component: Component, entry: Recorded, got: str, expected: str) -> Problem:
@@ -248,7 +259,8 @@ def _check_loading(
         )
     answer = _run_loading(component, described, no_gpu)
     found.problems += list(_loading_problems(component, described, answer))
-    found.components[component.name] = _loading_words(described, answer, entries, component, found)
+    words = _loading_words(described, answer, entries, component, found)
+    found.components[component.name] = f"{_bits(entries):.2f} bits per weight as planned; {words}"
 
 
 def _run_loading(component: Component, described: Mapping[str, Any], lift_gpu_check: bool) -> dict[str, Any]:

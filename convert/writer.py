@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +21,8 @@ from bitroute.errors import JobError, Problem
 class ShardWriter:
     """Parts of a tensor are appended along its first dimension; the file gets its name only when complete.
 
+    Threads may append to different tensors at the same time.
+
     Raises:
         JobError: a part has another dtype than planned, is one too many, or one is missing at the end.
     """
@@ -28,7 +32,8 @@ class ShardWriter:
         self.partial = file.with_name(file.name + ".part")
         header, self._cursors = build_header(specs, metadata)
         self._ends = {name: self._cursors[name] + spec.size_bytes for name, spec in specs.items()}
-        self._handle = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file = FileIO(self.partial, "wb")
+        self._turn = Lock()
         self._write(memoryview(header), 0)
 
     def append(self, name: str, part: Tensor) -> int:
@@ -53,12 +58,12 @@ class ShardWriter:
         if missing:
             self.abandon()
             raise JobError(Problem(f"tensors were never written: {', '.join(missing[:5])}", str(self.file)))
-        os.fsync(self._handle)
-        os.close(self._handle)
+        os.fsync(self._file.fileno())
+        self._file.close()
         os.replace(self.partial, self.file)
 
     def abandon(self) -> None:
-        os.close(self._handle)
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +77,7 @@ class ShardWriter:
             self.abandon()
 
     def _write(self, data: memoryview, offset: int) -> None:
-        while data:
-            written = os.pwrite(self._handle, data, offset)
-            data, offset = data[written:], offset + written
+        with self._turn:
+            self._file.seek(offset)
+            while data:
+                data = data[self._file.write(data) :]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
+from transformers import PreTrainedModel
 
 from bitroute import quantize
 
@@ -63,6 +68,40 @@ def write_recipe(tmp_path: Path) -> Callable[[str], str]:
         file = tmp_path / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
         return str(file)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_hollow() -> Callable[..., None]:
+    """Writes a component's config and bf16 weights of any size whose payloads are holes: zeros that take no disk."""
+
+    def write(model: nn.Module, folder: Path, shard_bytes: int = 10**10) -> None:
+        model.config.to_json_file(folder / "config.json") if isinstance(model, PreTrainedModel) else model.save_config(folder)
+        shards: list[dict[str, Any]] = [{}]
+        filled = 0
+        for name, tensor in sorted(model.state_dict().items()):
+            if name in getattr(model, "all_tied_weights_keys", {}):
+                continue
+            size_bytes = 2 * tensor.numel()
+            if filled + size_bytes > shard_bytes:
+                shards.append({})
+                filled = 0
+            offsets = [filled, filled + size_bytes]
+            shards[-1][name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+            filled += size_bytes
+        stem = "model" if isinstance(model, PreTrainedModel) else "diffusion_pytorch_model"
+        names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        if len(shards) == 1:
+            names = [f"{stem}.safetensors"]
+        else:
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        for name, shard in zip(names, shards, strict=True):
+            header = json.dumps(shard).encode()
+            with open(folder / name, "wb") as stream:
+                stream.write(struct.pack("<Q", len(header)) + header)
+                stream.truncate(8 + len(header) + max(entry["data_offsets"][1] for entry in shard.values()))
 
     return write
 

@@ -15,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitroute.backends.base import TensorSpec
-from bitroute.convert.layout import CODES, DTYPES, build_header, read_header
+from bitroute.backends.base import CODES, TensorSpec
+from bitroute.convert.layout import DTYPES, build_header, read_header
 from bitroute.errors import SourceError
 
 SPECS = st.dictionaries(

@@ -1,0 +1,255 @@
+"""The job: what it refuses, what it copies, and what is left when something goes wrong half-way."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+from bitroute import plan, quantize, verify
+from bitroute.convert.job import run
+from bitroute.errors import BitrouteError, JobError, RecipeError, SourceError
+
+NAME = "diffusion_pytorch_model.safetensors"
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def loadable(folder: Path) -> list[str]:
+    """The files by which a loader would take a folder for a model."""
+    names = [*folder.rglob("config.json"), *folder.rglob("model_index.json"), *folder.rglob("bitroute.json")]
+    return sorted(str(name.relative_to(folder)) for name in names)
+
+
+def poison(source: Path, layer: str, value: float, component: str = "transformer") -> None:
+    file = next((source / component).glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors[f"{layer}.weight"].view(-1)[-1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def refusal(kind: type[BitrouteError], recipe: str, model: Path | str, out: Path, **keywords: bool) -> str:
+    with pytest.raises(kind) as refused:
+        quantize(recipe, str(model), out, **keywords)
+    return str(refused.value)
+
+
+def test_everything_that_is_not_quantized_is_copied_byte_for_byte(tiny: Path, convert: Callable[[str], Path]) -> None:
+    out = convert("tiny-flux-fp8")
+    copied = plan("tiny-flux-fp8").copied
+    assert {name.partition("/")[0] for name in copied} == {
+        "scheduler", "text_encoder", "tokenizer", "tokenizer_2", "vae",
+    }  # fmt: skip
+    for name in [*copied, "model_index.json"]:
+        assert filecmp.cmp(tiny / name, out / name, shallow=False)
+
+
+def test_a_source_with_licences_and_pickles_beside_the_weights(source: Path) -> None:
+    (source / "LICENSE.md").write_text("a licence")
+    (source / "notice.txt").write_text("a notice")
+    (source / "flux1-dev.safetensors").write_bytes(b"the single-file twin")
+    (source / "transformer" / "pytorch_model.bin").write_bytes(b"a pickle")
+    (source / "transformer" / "README.md").write_text("words")
+    out = quantize("tiny-flux-fp8", str(source), source.parent / "out")
+    assert (out / "LICENSE.md").read_text() == "a licence"
+    assert (out / "notice.txt").exists()
+    assert (out / "transformer" / "README.md").exists()
+    assert not (out / "flux1-dev.safetensors").exists()
+    assert not (out / "transformer" / "pytorch_model.bin").exists()
+
+
+def test_exactly_the_listed_files_are_written(convert: Callable[[str], Path]) -> None:
+    out = convert("tiny-flux-mixed")
+    assert sorted(files(out)) == sorted(json.loads((out / "bitroute.json").read_text())["files"])
+
+
+@pytest.mark.parametrize("recipe", ["tiny-flux-fp8", "tiny-flux-mixed", "tiny-flux-nf4"])
+def test_two_runs_write_the_same_bytes(recipe: str, tmp_path: Path, convert: Callable[[str], Path]) -> None:
+    assert files(quantize(recipe, out=tmp_path / "again")) == files(convert(recipe))
+
+
+def test_the_recipe_and_the_versions_travel_with_every_component(convert: Callable[[str], Path]) -> None:
+    out = convert("tiny-flux-fp8")
+    carried = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]["bitroute"]
+    whole = json.loads((out / "bitroute.json").read_text())
+    for origin in (carried, whole):
+        assert origin["source"]["model"] == "builtin:tiny-flux"
+        assert "extends: flux-fp8" in origin["recipe"]["text"]
+        assert "# model: black-forest-labs/FLUX.1-dev" in origin["recipe"]["text"]
+        assert origin["libraries"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert "transformer_blocks.{0-1}.attn.to_q" in carried["layers"]["float8"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    words = refusal(RecipeError, "tiny-flux-fp8", "builtin:tiny-flux", tmp_path / "out", overwrite=overwrite)
+    assert "not empty" in words
+    assert "give another --out" in words
+    assert files(tmp_path / "out") == {"mine.txt": b"mine"}
+
+
+def test_an_earlier_output_is_replaced_only_when_asked(output: Path) -> None:
+    words = refusal(RecipeError, "tiny-flux-fp8", "builtin:tiny-flux", output)
+    assert "an earlier output of bitroute" in words
+    assert "--overwrite" in words
+
+
+def test_overwriting_removes_the_earlier_output_and_keeps_a_strangers_files(output: Path) -> None:
+    (output / "notes.txt").write_text("mine")
+    (output / "transformer" / "lora.safetensors").write_bytes(b"mine too")
+    (output / "vae" / f"{NAME}.part").write_bytes(b"half")
+    component = "model: builtin:tiny-flux\ncomponents:\n  text_encoder: {backend: int8, keep: none}\n"
+    (output.parent / "other.yaml").write_text(component)
+    quantize(str(output.parent / "other.yaml"), out=output, overwrite=True)
+    found = files(output)
+    assert found["notes.txt"] == b"mine"
+    assert found["transformer/lora.safetensors"] == b"mine too"
+    assert f"vae/{NAME}.part" not in found
+    listed = json.loads(found["bitroute.json"])["files"]
+    assert sorted(found) == sorted([*listed, "notes.txt", "transformer/lora.safetensors"])
+    assert "quantization_config" not in json.loads(found["transformer/config.json"])
+
+
+def test_overwriting_never_removes_what_lies_outside_the_folder(output: Path) -> None:
+    outside = output.parent / "precious.txt"
+    outside.write_text("precious")
+    (output / "link.txt").symlink_to(outside)
+    content = json.loads((output / "bitroute.json").read_text())
+    content["files"] += ["../precious.txt", str(outside), "link.txt", ".", "", 3, None]
+    (output / "bitroute.json").write_text(json.dumps(content))
+    quantize("tiny-flux-fp8", out=output, overwrite=True)
+    assert outside.read_text() == "precious"
+
+
+def test_an_output_inside_the_source_or_that_is_a_file_is_refused(source: Path) -> None:
+    for out in (source, source / "transformer", source / "a" / "b", source / ".." / source.name):
+        assert "lies in the source" in refusal(RecipeError, "tiny-flux-fp8", source, out)
+    assert "is a file" in refusal(RecipeError, "tiny-flux-fp8", "builtin:tiny-flux", source / "model_index.json")
+    assert not (source / "a").exists()
+
+
+@pytest.mark.parametrize("out", ["/proc/bitroute", "/dev/null/out"])
+def test_a_place_that_takes_no_folder_is_refused(out: str) -> None:
+    assert "the output folder cannot be written" in refusal(RecipeError, "tiny-flux-fp8", "builtin:tiny-flux", Path(out))
+
+
+def test_an_unknown_device_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for device in ("cuda:99", "warp", ""):
+        with pytest.raises(RecipeError, match="no device"):
+            quantize("tiny-flux-fp8", out=tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_stops_the_job_with_its_name(source: Path, value: float) -> None:
+    layer = "single_transformer_blocks.3.proj_out"
+    poison(source, layer, value)
+    out = source.parent / "out"
+    words = refusal(JobError, "tiny-flux-fp8", source, out)
+    assert f"the weight of layer {layer!r} is not finite" in words
+    assert loadable(out) == []
+    assert not (out / "transformer" / NAME).exists()
+
+
+def test_a_kept_weight_that_is_not_finite_is_copied_and_named_by_verify(source: Path) -> None:
+    poison(source, "x_embedder", float("nan"))
+    out = quantize("tiny-flux-fp8", str(source), source.parent / "out")
+    problems = verify(out).problems
+    assert [problem.what for problem in problems] == ["a forward after loading fails"]
+
+
+def test_a_source_that_shrinks_after_planning_is_a_source_error(source: Path) -> None:
+    planned = plan("tiny-flux-fp8", str(source))
+    file = source / "transformer" / NAME
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(SourceError, match="ends inside tensor"):
+        run(planned, source.parent / "out")
+    file.unlink()
+    with pytest.raises(SourceError, match="cannot read tensor"):
+        run(planned, source.parent / "out", overwrite=True)
+    assert loadable(source.parent / "out") == []
+
+
+def test_a_copied_file_that_vanishes_after_planning_is_named(source: Path) -> None:
+    planned = plan("tiny-flux-fp8", str(source))
+    (source / "vae" / "config.json").unlink()
+    with pytest.raises(JobError, match=r"source/vae/config\.json: the job cannot write its output"):
+        run(planned, source.parent / "out")
+    assert not (source.parent / "out" / "bitroute.json").exists()
+    assert not (source.parent / "out" / "model_index.json").exists()
+
+
+def test_progress_adds_up_to_the_source(tmp_path: Path) -> None:
+    planned = plan("tiny-flux-mixed")
+    seen: list[tuple[int, str]] = []
+    run(planned, tmp_path / "out", progress=lambda done, what: seen.append((done, what)))
+    assert sum(done for done, _ in seen) == sum(component.source_bytes for component in planned.components)
+    assert "transformer_blocks.0.attn.to_q" in {what for _, what in seen}
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 100_000, 2_000_000])
+def test_a_write_that_fails_half_way_ends_in_a_job_error_and_can_be_repeated(
+    command: Command, tmp_path: Path, limit_bytes: int
+) -> None:
+    """A limit on file sizes fails in the first file, in the weights and in a copy, as a full disk would."""
+    words = ["--recipe", "tiny-flux-fp8", "--out", "out", "--no-verify"]
+    if limit_bytes == 2_000_000:
+        (tmp_path / "r.yaml").write_text("model: builtin:tiny-flux\ncomponents:\n  text_encoder: {backend: int8, keep: none}\n")
+        words[1] = "r.yaml"
+    done = command(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "the job cannot write its output" in done.stderr
+    assert "File too large" in done.stderr
+    assert f"{tmp_path / 'out'}" in done.stderr or "out/" in done.stderr
+    assert "bitroute.json" not in loadable(tmp_path / "out")
+    assert "model_index.json" not in loadable(tmp_path / "out")
+    quantize("tiny-flux-fp8", out=tmp_path / "out", overwrite=True)
+    assert verify(tmp_path / "out", load=False).problems == []
+
+
+def test_an_interrupt_ends_with_130_the_command_to_repeat_and_nothing_that_looks_finished(
+    source: Path, write_hollow: Callable[..., None]
+) -> None:
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            num_layers=2, num_single_layers=4, num_attention_heads=10, joint_attention_dim=128, pooled_projection_dim=64
+        )
+    write_hollow(model, source / "transformer")
+    words = ["-m", "bitroute", "--recipe", "tiny-flux-nvfp4", "--model", "source", "--out", "o ut", "--no-verify"]
+    process = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=source.parent
+    )
+    assert process.stderr
+    line = process.stderr.readline()
+    while "quantizing" not in line:
+        line = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(60) == 130, said
+    assert "Traceback" not in said
+    again = "python -m bitroute --recipe tiny-flux-nvfp4 --model source --out 'o ut' --no-verify --overwrite"
+    assert f"again: {again}" in said
+    out = source.parent / "o ut"
+    assert loadable(out) == []
+    assert sorted(files(out)) == ["bitroute.json.part", f"transformer/{NAME}.part"]
+    with pytest.raises(SourceError, match="an unfinished one"):
+        verify(out)
+    quantize("tiny-flux-nvfp4", out=out, overwrite=True)
+    assert verify(out, load=False).problems == []
