@@ -1,63 +1,161 @@
-"""Pictures from a pipeline folder, the same seeds and settings for every pipeline."""
+"""Draws a sampling with one pipeline: pictures and final latents, one sample at a time, resumable.
+
+Run as a module with a JSON request on stdin it draws in a process of its own, so that a crash of a kernel stays
+there and peak memory is that of one pipeline.
+"""
 
 from __future__ import annotations
 
-import gc
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bitroute  # noqa: F401  registers the loader of bitroute's own container
-from bitroute.convert.checkpoint import open_pipeline
+from bitroute.convert.checkpoint import open_pipeline, read_json
 from bitroute.convert.loading import lift_gpu_check
+from bitroute.convert.noise import quiet
 from bitroute.errors import JobError, Problem
+from bitroute.eval.sampling import Sample, Sampling
+
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError, KeyError, AttributeError)
 
 
-def generate(
-    model: str | Path, prompts: Sequence[str], *, seed: int, call: Mapping[str, Any], device: str = "cpu"
-) -> list[Image.Image]:
-    """One picture per prompt; prompt i starts from the CPU noise of seed + i, whatever the device.
-
-    model: a pipeline folder or builtin:NAME. call: further arguments of the pipeline (height, steps, …).
+def draw_apart(model: Path, sampling: Sampling, folder: Path, text_from: Path | None = None) -> dict[str, Any]:
+    """Draws in a fresh process; returns the run's measurements (seconds, bytes).
 
     Raises:
-        SourceError: no such pipeline. JobError: diffusers cannot load or run it.
+        JobError: diffusers cannot load or run the pipeline, with what it said.
     """
-    folder = open_pipeline(str(model)).folder
-    try:
-        pipe = _load(folder, device)
-        generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-        pictures: list[Image.Image] = pipe(list(prompts), generator=generators, **call).images
-    except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:
-        raise JobError(
-            Problem(
-                "the pipeline does not make pictures", str(folder), got=f"{type(error).__name__}: {error}"
-            )
-        ) from error
-    del pipe
-    gc.collect()
-    return pictures
+    if not (folder / "run.json").is_file():
+        request = {"model": str(model), "folder": str(folder), "text_from": str(text_from) if text_from else None}
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "bitroute.eval.generate"], capture_output=True, text=True, check=False,
+            input=json.dumps({**request, "sampling": sampling.describe()}),
+        )  # fmt: skip
+        if done.returncode:
+            raise JobError(
+                Problem("the pipeline does not draw", str(model), got=done.stderr.strip().splitlines()[-1][:500]
+                        if done.stderr.strip() else f"its process ended with {done.returncode}")
+            )  # fmt: skip
+    return read_json(folder / "run.json")
 
 
-def _load(folder: Path, device: str) -> Any:
+def draw(model: Path, sampling: Sampling, folder: Path, text_from: Path | None = None) -> None:
+    """Writes `<sample>.png` and `<sample>.safetensors` for every sample, then run.json.
+
+    text_from: the pipeline whose text encoders are used instead of the model's own, so that prompts are encoded
+    alike. Samples that are there already are not drawn again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(sampling.threads)
+    started = time.perf_counter()
+    pipe = load(model, sampling.device, text_from)
+    load_seconds = time.perf_counter() - started
+    drawn, steps, started = 0, 0, time.perf_counter()
+    for sample in sampling.samples():
+        if not (folder / f"{sample.stem}.png").is_file():
+            steps += _draw_sample(pipe, sampling, sample, folder)
+            drawn += 1
+    seconds = time.perf_counter() - started
+    measured = {
+        "load_seconds": load_seconds, "pictures": drawn, "seconds_per_step": seconds / steps if steps else None,
+        "peak_bytes": _peak_bytes(), "peak_device_bytes": _peak_device_bytes(sampling.device),
+    }  # fmt: skip
+    partial = folder / "run.json.part"
+    partial.write_text(json.dumps(measured), encoding="utf-8")
+    os.replace(partial, folder / "run.json")
+
+
+def load(model: Path, device: str, text_from: Path | None = None) -> Any:
+    """The pipeline in bf16, its text encoders taken from `text_from` where that is given."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    if _uses_bitsandbytes(folder) and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         lift_gpu_check()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    shared = _text_encoders(text_from) if text_from else {}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16, **shared)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device == "cpu" else pipe.to(device)
 
 
-def _uses_bitsandbytes(folder: Path) -> bool:
-    configs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*/config.json")]
-    return any(
-        (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes" for config in configs
-    )
+def _text_encoders(folder: Path) -> Mapping[str, Any]:
+    import transformers
+
+    pipeline = open_pipeline(str(folder))
+    return {
+        name: getattr(transformers, part.class_name).from_pretrained(part.folder, dtype=torch.bfloat16)
+        for name, part in pipeline.components.items()
+        if part.library == "transformers" and name.startswith("text_encoder")
+    }
+
+
+def _draw_sample(pipe: Any, sampling: Sampling, sample: Sample, folder: Path) -> int:
+    """One picture and its final latents; the picture last, because it marks the sample as done. Returns steps."""
+    latents: list[Tensor] = []
+
+    def remember(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents[:] = [tensors["latents"]]
+        return {}
+
+    call = dict(sampling.call)
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        call["callback_on_step_end"] = remember
+    generator = torch.Generator().manual_seed(sample.seed * 100_003 + sample.prompt_index)
+    with _attention(sampling.attention), torch.inference_mode():
+        picture: Image.Image = pipe(sample.prompt, generator=generator, **call).images[0]
+    if latents:
+        save_file({"latents": latents[0].cpu().contiguous()}, folder / f"{sample.stem}.safetensors")
+    partial = folder / f"{sample.stem}.png.part"
+    picture.convert("RGB").save(partial, format="PNG")
+    os.replace(partial, folder / f"{sample.stem}.png")
+    return int(getattr(pipe, "num_timesteps", 1))
+
+
+def _attention(name: str) -> AbstractContextManager[Any]:
+    return sdpa_kernel(SDPBackend.MATH) if name == "math" else nullcontext()
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory: Any = psutil.Process().memory_info()
+        return int(memory.peak_wset)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _peak_device_bytes(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
+
+
+def _main() -> None:
+    quiet()
+    request = json.load(sys.stdin)
+    text_from = Path(request["text_from"]) if request["text_from"] else None
+    try:
+        draw(Path(request["model"]), Sampling(**request["sampling"]), Path(request["folder"]), text_from)
+    except FAILURES as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    _main()

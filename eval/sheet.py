@@ -10,26 +10,21 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from bitroute.convert.checkpoint import read_json
+from bitroute.convert.checkpoint import open_pipeline, read_json
 from bitroute.convert.noise import quiet
 from bitroute.convert.table import size
 from bitroute.errors import BitrouteError
-from bitroute.eval.generate import generate
+from bitroute.eval.generate import draw_apart
+from bitroute.eval.metrics import format_db, pixels, psnr_db
+from bitroute.eval.sampling import Sampling
 
 CELL, GAP, HEAD = 160, 8, 44  # pixels
-
-
-def psnr_db(original: Image.Image, other: Image.Image) -> float:
-    """10·log10(255² / mean squared difference) of two RGB pictures; infinite when they are equal."""
-    first, second = (_pixels(picture) for picture in (original, other))
-    error = float((first - second).square().mean())
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def draw(pictures: Mapping[str, Sequence[Image.Image]], captions: Mapping[str, str]) -> Image.Image:
@@ -47,7 +42,7 @@ def draw(pictures: Mapping[str, Sequence[Image.Image]], captions: Mapping[str, s
         for row, picture in enumerate(made):
             top = HEAD + row * (CELL + HEAD // 2)
             sheet.paste(picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS), (left, top))
-            words = "original" if column == 0 else f"PSNR {psnr_db(original[row], picture):.1f} dB"
+            words = "original" if column == 0 else _closeness(original[row], picture)
             pen.text((left, top + CELL + 3), words, fill="#555555", font=small)
     return sheet
 
@@ -67,11 +62,12 @@ def main(
     """Draw the pictures of ORIGINAL and of each QUANTIZED folder side by side."""
     quiet()
     arguments = dict(_argument(text) for text in call)
+    sampling = Sampling(prompts, (seed,), arguments, device)
     pictures, captions = {}, {}
     try:
         for model in (original, *quantized):
             name = Path(model.removeprefix("builtin:")).name
-            pictures[name] = generate(model, prompts, seed=seed, call=arguments, device=device)
+            pictures[name] = _draw(model, sampling)
             captions[name] = _caption(model)
     except BitrouteError as error:
         click.echo(str(error), err=True)
@@ -79,6 +75,19 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(pictures, captions).save(out)
     click.echo(out)
+
+
+def _draw(model: str, sampling: Sampling) -> list[Image.Image]:
+    with TemporaryDirectory() as folder:
+        draw_apart(open_pipeline(model).folder, sampling, Path(folder))
+        return [
+            Image.open(Path(folder) / f"{sample.stem}.png").convert("RGB") for sample in sampling.samples()
+        ]
+
+
+def _closeness(original: Image.Image, other: Image.Image) -> str:
+    decibels = psnr_db(pixels(original), pixels(other))
+    return format_db(decibels) if math.isinf(decibels) else f"PSNR {format_db(decibels)}"
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -94,11 +103,6 @@ def _argument(text: str) -> tuple[str, Any]:
 def _caption(model: str) -> str:
     described = Path(model) / "bitroute.json"
     return size(read_json(described)["plan"]["size_bytes"]) if described.is_file() else "bf16"
-
-
-def _pixels(picture: Image.Image) -> torch.Tensor:
-    data = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.double()
 
 
 if __name__ == "__main__":
