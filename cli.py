@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -29,6 +30,9 @@ class _Command(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if not ctx.params.get("verbose", 0):
             quiet()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows `?`, it is no reason to fail
+                stream.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
         except BitrouteError as error:

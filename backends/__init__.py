@@ -16,9 +16,14 @@ from bitroute.errors import BackendError, Problem, did_you_mean
 if TYPE_CHECKING:
     from bitroute.backends.base import Backend
 
-__all__ = ["available", "create", "find"]
+__all__ = ["available", "create", "find", "suggest"]
 
 _DISTRIBUTIONS = {"optimum": "optimum-quanto"}  # import name → what pip calls it, where they differ
+_ELSEWHERE = {
+    "fp8": "float8", "e4m3": "float8", "float8_e4m3fn": "float8", "w8a8": "int8", "int8wo": "int8", "int4": "quanto-int4",
+    "bf16": "keep", "bfloat16": "keep", "fp16": "keep", "none": "keep", "bnb": "nf4", "bnb-nf4": "nf4", "bnb-4bit": "nf4",
+    "bnb-8bit": "bnb-int8", "llm-int8": "bnb-int8", "mxfp8-e4m3": "mxfp8",
+}  # fmt: skip
 _NOT_FORMATS = {"base", "load"}
 
 
@@ -39,7 +44,7 @@ def find(name: str) -> type[Backend]:
             Problem(
                 f"unknown backend {name!r}",
                 expected="one of " + ", ".join(available()),
-                next_step=did_you_mean(name, available()),
+                next_step=suggest(name),
             )
         )
     try:
@@ -53,6 +58,12 @@ def find(name: str) -> type[Backend]:
             )
         ) from error
     return found
+
+
+def suggest(name: str) -> str:
+    """`did you mean 'float8'?` for a name that is none of ours: what people call the formats elsewhere, or a typo."""
+    known = _ELSEWHERE.get(name.lower())
+    return f"did you mean {known!r}?" if known else did_you_mean(name, available())
 
 
 def create(name: str, **options: Any) -> Backend:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitroute.convert.layout import Header, StoredTensor, read_header
-from bitroute.errors import Problem, SourceError
+from bitroute.errors import Problem, SourceError, did_you_mean
 
 BUILTIN = "builtin:"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
@@ -127,14 +127,7 @@ def open_pipeline(model: str) -> Pipeline:
     """
     folder = _builtin(model) if model.startswith(BUILTIN) else Path(model).expanduser()
     if not folder.is_dir():
-        raise SourceError(
-            Problem(
-                "no such model folder", model,
-                got=f"{folder} is a file" if folder.exists() else "no folder of that name",
-                expected="a diffusers pipeline folder, or builtin:tiny-flux",
-                next_step="download it first: hf download OWNER/NAME --local-dir DIR, then --model DIR",
-            )
-        )  # fmt: skip
+        raise SourceError(_no_folder(model, folder))
     if not (folder / "model_index.json").is_file():
         raise SourceError(
             Problem(
@@ -213,6 +206,22 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SourceError(Problem("not a JSON mapping", str(file), got=type(content).__name__))
     return content
+
+
+def _no_folder(model: str, folder: Path) -> Problem:
+    owner, slash, name = model.partition("/")
+    if folder.exists():
+        got, mend = "a file", "give the diffusers folder (with model_index.json): single files are not read"
+    elif model.startswith(BUILTIN):
+        got, mend = "no bundled model of that name", "builtin:tiny-flux is the bundled one"
+    elif slash and owner.strip(".~") and "/" not in name:
+        got = "no folder of that name; perhaps a Hub id"
+        mend = f"download it: hf download {model} --local-dir {name}, then give --model {name}"
+    else:
+        beside = [path.parent.name for path in folder.parent.glob("*/model_index.json")]
+        got, mend = "no folder of that name", did_you_mean(folder.name, beside)
+    expected = "a diffusers pipeline folder, or builtin:tiny-flux"
+    return Problem("no such model folder", model, got, expected, mend)
 
 
 def _builtin(model: str) -> Path:

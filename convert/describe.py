@@ -31,12 +31,11 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def provenance(plan: Plan) -> dict[str, Any]:
     """The content of `bitroute.json`: everything needed to make or to judge the checkpoint again."""
-    recipe = plan.recipe.recipe
     return {
         "format_version": FORMAT_VERSION,
         "bitroute": version("bitroute"),
         "libraries": {library: version(library) for library in LIBRARIES},
-        "source": {"model": plan.pipeline.name, "revision": recipe.revision if recipe else None},
+        "source": {"model": plan.pipeline.name},
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
         "files": written_files(plan),
         "plan": describe(plan),

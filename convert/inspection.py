@@ -36,12 +36,13 @@ def inspect(path: str | Path) -> dict[str, Any]:
 def _component(folder: Path) -> dict[str, Any]:
     headers = {file: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    quantization = config.get("quantization_config") or {}
-    name = config.get("_class_name") or ", ".join(config.get("architectures") or []) or "unknown class"
+    quantization = _mapping(config.get("quantization_config"))
+    name = config.get("_class_name") or config.get("architectures") or "unknown class"
+    layers = _mapping(_mapping(quantization.get("bitroute")).get("layers"))
     return {
-        "class": name,
+        "class": ", ".join(map(str, name)) if isinstance(name, list) else str(name),
         "quant_method": quantization.get("quant_method"),
-        "layers": (quantization.get("bitroute") or {}).get("layers"),
+        "layers": {key: names for key, names in layers.items() if isinstance(names, list)} or None,
         **_contents(headers),
     }
 
@@ -72,7 +73,13 @@ def _tensors(header: Header) -> dict[str, Any]:
 
 
 def _origin(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: content.get(key) for key in ("bitroute", "source", "libraries", "recipe")}
+    origin = {key: content.get(key) for key in ("bitroute", "libraries", "recipe")}
+    return {**origin, "source": _mapping(content.get("source"))}
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    """Other tools write configs too."""
+    return value if isinstance(value, dict) else {}
 
 
 def inspection_text(found: Mapping[str, Any]) -> str:
@@ -82,13 +89,13 @@ def inspection_text(found: Mapping[str, Any]) -> str:
     lines = [found["folder"]]
     if found["made_by"]:
         made_by = found["made_by"]
-        lines.append(f"made by bitroute {made_by['bitroute']} from {made_by['source']['model']}")
+        lines.append(f"made by bitroute {made_by['bitroute']} from {made_by['source'].get('model')}")
     for name, component in found["components"].items():
         method = component["quant_method"] or "not quantized"
         lines.append(f"{name}: {component['class']}, {method}")
         lines += _contents_lines(component)
         for backend, layers in (component["layers"] or {}).items():
-            lines.append(f"  {backend}: {', '.join(layers[:6])}{' …' if len(layers) > 6 else ''}")
+            lines.append(f"  {backend}: {', '.join(map(str, layers[:6]))}{' …' if len(layers) > 6 else ''}")
     return "\n".join(lines)
 
 

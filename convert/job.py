@@ -116,7 +116,7 @@ def _occupied(out: Path, ours: bool) -> Problem:
 
 
 def _files_of(mark: Path) -> set[Path]:
-    """The files that an earlier job listed as its own and that are there, finished or not; none outside its folder."""
+    """The files that an earlier job listed as its own and that are there, finished or not; none outside."""
     try:
         names = read_json(mark).get("files", [])
     except SourceError:

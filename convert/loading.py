@@ -45,9 +45,16 @@ def _load(request: dict[str, Any]) -> dict[str, Any]:
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    answer["meta_tensors"] = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    answer["meta_tensors"] = sorted(name for name, tensor in tensors.items() if _is_meta(tensor))
     answer["forward"] = _forward(model, request["probe"]) if request["probe"] else None
     return answer
+
+
+def _is_meta(tensor: Any) -> bool:
+    """Of a tensor subclass its parts count: quanto's calls itself meta although they are loaded."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return any(_is_meta(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return bool(tensor.is_meta)
 
 
 def _forward(model: Any, probe: dict[str, dict[str, Any]]) -> dict[str, Any]:

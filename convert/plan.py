@@ -327,7 +327,8 @@ def _no_profile(component: Component, where: Where) -> Problem:
 
 def _not_native(component: Component, reason: str, where: Where) -> Problem:
     return Problem(
-        f"component {component.name!r} has no native container", where(("components", component.name, "container")), got=reason,
+        f"component {component.name!r} has no native container",
+        where(("components", component.name, "container")), got=reason,
         next_step="change the rules, or say `container: bitroute` (loading then needs `import bitroute`)",
     )  # fmt: skip
 

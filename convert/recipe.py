@@ -35,7 +35,7 @@ def _known_backend(name: str) -> str:
     known = backends.available()
     if name not in known:
         installed = "one of " + ", ".join(known)
-        raise _ours(f"unknown backend {name!r}", installed, did_you_mean(name, known))
+        raise _ours(f"unknown backend {name!r}", installed, backends.suggest(name))
     return name
 
 
@@ -113,9 +113,11 @@ class Recipe(_Strict):
 
     description: str = Field("", description="One line that `quantize recipes` shows.")
     model: str | None = Field(
-        None, min_length=1, description="A Hub id, a folder, or `builtin:tiny-flux`; `--model` overrides it."
+        None,
+        min_length=1,
+        description="The folder of a diffusers pipeline (seen from where the command runs), or `builtin:tiny-flux`; "
+        "`--model` overrides it. A Hub id says which model to download; it is not downloaded.",
     )
-    revision: str | None = Field(None, min_length=1, description="A branch, tag or commit of a Hub model.")
     components: dict[str, ComponentRecipe] = Field(
         min_length=1,
         description="Component name → its recipe. Components that are not named are copied untouched.",

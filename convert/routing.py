@@ -21,6 +21,7 @@ __all__ = ["Layers", "Pattern", "Route", "route"]
 
 MAX_PATTERN_LENGTH = 300
 MAX_RANGES = 4
+KEEP_SHOWN = 12  # layers in a suggested keep list
 _RANGE = re.compile(r"\{(-?\d{1,6})(?:-(-?\d{1,6}))?\}")
 _DIGITS = re.compile(r"\d+")
 _QUANTIFIER = re.compile(r"[*+]|\{\d*,?\d*\}")
@@ -245,10 +246,18 @@ class _Router:
         takers = {self.routes[name].label: self.routes[name] for name in eligible}
         earlier = [f"{label} ({self.where(taken.source)})" for label, taken in takers.items()]
         by_keep = all(label.startswith("keep") for label in takers)
-        mend = "`keep: none`, or a list of what to keep" if by_keep else "move it above them, or remove it"
+        mend = self._keep_without(eligible) if by_keep else "move it above them, or remove it"
         take = "takes" if len(earlier) == 1 else "take"
         what = f"{_said(rule)} can never win: {' and '.join(earlier)} already {take} what it matches"
         return Problem(what, self.where(source), got=_some(eligible), next_step=mend)
+
+
+    def _keep_without(self, wanted: Sequence[str]) -> str:
+        """The `keep` list that leaves these layers to the rules; layers that are not linear need no mention."""
+        kept = [name for name, taken in self.routes.items() if taken.label.startswith("keep") and name in self.linear]
+        rest = [name for name in kept if name not in set(wanted)]
+        more = ", …" if len(rest) > KEEP_SHOWN else ""
+        return f"keep the others only: `keep: [{', '.join(rest[:KEEP_SHOWN])}{more}]`" if rest else "say `keep: none`"
 
 
 def _said(rule: Rule) -> str:

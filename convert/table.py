@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,13 @@ def verification_json(found: Verification) -> dict[str, Any]:
         "problems": [vars(problem) for problem in found.problems],
         "notes": found.notes,
         "components": found.components,
-        "layers": [vars(layer) for layer in found.layers],
+        "layers": [{**vars(layer), "sqnr_db": _finite(layer.sqnr_db)} for layer in found.layers],
     }
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity: null stands for a layer that lost nothing."""
+    return number if math.isfinite(number) else None
 
 
 def result_text(plan: Plan, out: Path) -> str:

@@ -14,13 +14,12 @@ from typing import Any
 import psutil
 import torch
 
-from bitroute import backends
-from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.architecture import build
-from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline, read_json, read_rows, read_tensor
-from bitroute.convert.layout import DTYPES, StoredTensor
+from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline, read_rows, read_tensor
+from bitroute.convert.layout import StoredTensor
 from bitroute.convert.plan import LOADING_BYTES
 from bitroute.convert.profile import find_profile
+from bitroute.convert.record import RecordedComponent, RecordedEntry, read_record
 from bitroute.convert.workers import one_torch_thread
 from bitroute.errors import BitrouteError, Problem, SourceError, VerifyError
 
@@ -50,31 +49,6 @@ class Verification:
         return sorted(self.layers, key=lambda layer: layer.sqnr_db)[:10]
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """One entry of `bitroute.json`."""
-
-    name: str
-    layer: str
-    backend: Backend
-    weight: TensorSpec
-    tensors: dict[str, tuple[str, TensorSpec]]  # suffix → stored name and what it must be
-
-    @classmethod
-    def parse(cls, entry: Mapping[str, Any]) -> Recorded:
-        tensors = {
-            suffix: (name, TensorSpec(tuple(shape), DTYPES[dtype]))
-            for suffix, (name, dtype, shape) in entry["tensors"].items()
-        }
-        backend = backends.create(entry["backend"], **entry["options"])
-        weight = TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        return cls(entry["name"], entry["layer"], backend, weight, tensors)
-
-    @property
-    def quantized(self) -> bool:
-        return self.backend.name != "keep"
-
-
 def verify(
     folder: str | Path, model: str | None = None, *, load: bool = True, progress: Progress | None = None
 ) -> Verification:
@@ -93,46 +67,27 @@ def verify(
 
 
 def _verify(found: Verification, model: str | None, load: bool, report: Progress) -> None:
-    content = _provenance(found.folder)
-    source = _open_source(model or content["source"]["model"], found)
-    for name, described in content["plan"]["components"].items():
-        component = Component(name, described["library"], described["class"], found.folder / name)
+    record = read_record(found.folder)
+    source = _open_source(model or record.model, found)
+    found.problems += [
+        Problem(f"the file {name} is missing", str(found.folder), next_step="convert again")
+        for name in record.written
+        if not (found.folder / name).is_file()
+    ]
+    for recorded in record.components:
         try:
-            entries = [Recorded.parse(entry) for entry in described["entries"]]
-            report(f"{name}: weights")
-            if _check_tensors(component, entries, found):
-                _check_weights(component, entries, source, found, report)
-                _check_loading(component, described, entries, load, found, report)
+            report(f"{recorded.name}: weights")
+            if _check_tensors(recorded, found):
+                _check_weights(recorded, source, found, report)
+                _check_loading(recorded, load, found, report)
         except BitrouteError as error:
             found.problems += error.problems
-    _check_copies(content["plan"]["copied"], source, found)
+    _check_copies(record.copied, source, found)
 
 
 def raise_for_problems(found: Verification) -> None:
     if found.problems:
         raise VerifyError(found.problems)
-
-
-def _provenance(folder: Path) -> dict[str, Any]:
-    if not (folder / "bitroute.json").is_file():
-        unfinished = (folder / "bitroute.json.part").is_file()
-        raise SourceError(
-            Problem(
-                "not a finished checkpoint of bitroute", str(folder),
-                got="an unfinished one" if unfinished else "no bitroute.json",
-                next_step="run the job again with --overwrite" if unfinished else "give the folder that a job wrote",
-            )
-        )  # fmt: skip
-    content = read_json(folder / "bitroute.json")
-    if content.get("format_version") != 1 or not isinstance(content.get("plan"), dict):
-        raise SourceError(
-            Problem(
-                "bitroute.json has another format", str(folder / "bitroute.json"),
-                got=f"format_version {content.get('format_version')}", expected="1",
-                next_step="pip install -U bitroute",
-            )
-        )  # fmt: skip
-    return content
 
 
 def _open_source(model: str, found: Verification) -> Pipeline | None:
@@ -145,11 +100,11 @@ def _open_source(model: str, found: Verification) -> Pipeline | None:
         return None
 
 
-def _check_tensors(component: Component, entries: list[Recorded], found: Verification) -> bool:
+def _check_tensors(recorded: RecordedComponent, found: Verification) -> bool:
     """Every planned tensor is there with its dtype and shape, and no other."""
-    planned = {name: spec for entry in entries for name, spec in entry.tensors.values()}
-    stored = {name: tensor.spec for name, tensor in component.tensors.items()}
-    where = str(component.folder)
+    planned = {name: spec for entry in recorded.entries for name, spec in entry.tensors.values()}
+    stored = {name: tensor.spec for name, tensor in recorded.component.tensors.items()}
+    where = str(recorded.component.folder)
     problems = [Problem(f"tensor {name!r} is missing", where) for name in planned.keys() - stored.keys()]
     problems += [
         Problem(f"tensor {name!r} was not planned", where) for name in stored.keys() - planned.keys()
@@ -164,16 +119,17 @@ def _check_tensors(component: Component, entries: list[Recorded], found: Verific
 
 
 def _check_weights(
-    component: Component,
-    entries: list[Recorded],
-    source: Pipeline | None,
-    found: Verification,
-    report: Progress,
+    recorded: RecordedComponent, source: Pipeline | None, found: Verification, report: Progress
 ) -> None:
-    originals = build(source.components[component.name]).sources if source else {}
-    for entry in entries:
+    component = recorded.component
+    originals = _originals(source, component.name) if source else {}
+    for entry in recorded.entries:
         report(f"{component.name}: {entry.name}")
         original = originals.get(entry.name)
+        if source and (original is None or original.spec.rows.shape != entry.weight.rows.shape):
+            other = f"the source has {list(original.spec.shape)}" if original else "the source has no such tensor"
+            found.problems.append(_bad_layer(component, entry, f"shape {list(entry.weight.shape)}", other))
+            continue
         if not entry.quantized:
             if original is not None:
                 _check_kept(component, entry, original, found)
@@ -190,8 +146,14 @@ def _check_weights(
             found.problems.append(_bad_layer(component, entry, f"SQNR {sqnr_db:.1f} dB", expected))
 
 
+def _originals(source: Pipeline, name: str) -> dict[str, StoredTensor]:
+    if name not in source.components:
+        raise SourceError(Problem(f"the source has no component {name!r}", str(source.folder)))
+    return build(source.components[name]).sources
+
+
 def _compare(
-    component: Component, entry: Recorded, original: StoredTensor | None
+    component: Component, entry: RecordedEntry, original: StoredTensor | None
 ) -> tuple[float, float, bool]:
     """Σw², Σ(ŵ-w)² and whether every decoded value is finite; the source is read in blocks of rows."""
     stored = {suffix: read_tensor(component.tensors[name]) for suffix, (name, _) in entry.tensors.items()}
@@ -206,7 +168,7 @@ def _compare(
     return signal, noise, noise == noise and noise != float("inf")
 
 
-def _check_kept(component: Component, entry: Recorded, original: StoredTensor, found: Verification) -> None:
+def _check_kept(component: Component, entry: RecordedEntry, original: StoredTensor, found: Verification) -> None:
     """A kept tensor is its source, byte for byte or cast to the planned dtype."""
     name, spec = entry.tensors["weight"]
     stored = component.tensors[name]
@@ -224,13 +186,7 @@ def _raw(rows: torch.Tensor) -> torch.Tensor:
     return rows.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _bits(entries: list[Recorded]) -> float:
-    """Of the tensors that were found in the files, scales included, over the weights they stand for."""
-    stored = sum(spec.size_bytes for entry in entries for _, spec in entry.tensors.values())
-    return 8 * stored / max(sum(entry.weight.numel for entry in entries), 1)
-
-
-def _bad_layer(component: Component, entry: Recorded, got: str, expected: str) -> Problem:
+def _bad_layer(component: Component, entry: RecordedEntry, got: str, expected: str) -> Problem:
     return Problem(
         f"tensor {entry.name!r} does not hold its weight", str(component.folder), got, expected,
         next_step="convert again; if it comes back, give this layer another backend",
@@ -238,10 +194,10 @@ def _bad_layer(component: Component, entry: Recorded, got: str, expected: str) -
 
 
 def _check_loading(
-    component: Component, described: Mapping[str, Any], entries: list[Recorded], load: bool,
-    found: Verification, report: Progress,
-) -> None:  # fmt: skip
-    needed = int(1.2 * described["size_bytes"]) + LOADING_BYTES
+    recorded: RecordedComponent, load: bool, found: Verification, report: Progress
+) -> None:
+    component = recorded.component
+    needed = int(1.2 * recorded.size_bytes) + LOADING_BYTES
     available = psutil.virtual_memory().available
     if not load or needed > available:
         reason = (
@@ -252,23 +208,24 @@ def _check_loading(
         found.components[component.name] = f"not loaded ({reason})"
         return
     report(f"{component.name}: loading in a fresh process")
-    no_gpu = described["container"] == "bitsandbytes" and not torch.cuda.is_available()
+    no_gpu = recorded.container == "bitsandbytes" and not torch.cuda.is_available()
     if no_gpu:
         found.notes.append(
             f"{component.name}: the loader's GPU check was lifted, in verify's own process only"
         )
-    answer = _run_loading(component, described, no_gpu)
-    found.problems += list(_loading_problems(component, described, answer))
-    words = _loading_words(described, answer, entries, component, found)
-    found.components[component.name] = f"{_bits(entries):.2f} bits per weight as planned; {words}"
+    answer = _run_loading(recorded, no_gpu)
+    found.problems += list(_loading_problems(recorded, answer))
+    words = _loading_words(recorded, answer, found)
+    found.components[component.name] = f"{recorded.bits_per_weight:.2f} bits per weight as planned; {words}"
 
 
-def _run_loading(component: Component, described: Mapping[str, Any], lift_gpu_check: bool) -> dict[str, Any]:
+def _run_loading(recorded: RecordedComponent, lift_gpu_check: bool) -> dict[str, Any]:
+    component = recorded.component
     profile = find_profile(component.class_name)
     probe = profile.probe(component.config) if profile else {}
     request = {
         "folder": str(component.folder), "library": component.library, "class": component.class_name,
-        "needs_bitroute": described["container"] == "bitroute", "lift_gpu_check": lift_gpu_check,
+        "needs_bitroute": recorded.container == "bitroute", "lift_gpu_check": lift_gpu_check,
         "probe": {name: asdict(given) for name, given in probe.items()},
     }  # fmt: skip
     # -P: the script's own folder must not shadow the standard library
@@ -281,14 +238,12 @@ def _run_loading(component: Component, described: Mapping[str, Any], lift_gpu_ch
     return answer
 
 
-def _loading_problems(
-    component: Component, described: Mapping[str, Any], answer: Mapping[str, Any]
-) -> Iterator[Problem]:
-    where = str(component.folder)
+def _loading_problems(recorded: RecordedComponent, answer: Mapping[str, Any]) -> Iterator[Problem]:
+    where = str(recorded.component.folder)
     if "error" in answer:
-        yield Problem(f"{component.class_name} does not load", where, got=answer["error"])
+        yield Problem(f"{recorded.component.class_name} does not load", where, got=answer["error"])
         return
-    if answer["bitroute_imported"] and described["container"] != "bitroute":
+    if answer["bitroute_imported"] and recorded.container != "bitroute":
         yield Problem("loading imported bitroute, which the plan said it would not need", where)
     for key, words in (
         ("missing_keys", "newly initialized"), ("unexpected_keys", "unknown to the model"),
@@ -300,16 +255,14 @@ def _loading_problems(
             )
 
 
-def _loading_words(
-    described: Mapping[str, Any], answer: Mapping[str, Any], entries: list[Recorded],
-    component: Component, found: Verification,
-) -> str:  # fmt: skip
+def _loading_words(recorded: RecordedComponent, answer: Mapping[str, Any], found: Verification) -> str:
     """`loaded, forward ok` and its other outcomes; a forward that should have run and did not is a problem."""
-    how = "with bitroute" if described["container"] == "bitroute" else "without bitroute"
+    component = recorded.component
+    how = "with bitroute" if recorded.container == "bitroute" else "without bitroute"
     if "error" in answer:
         return f"does not load {how}"
     forward = answer["forward"]
-    needs = sorted({entry.backend.gpu_to_compute() for entry in entries if entry.quantized} - {""})
+    needs = sorted({entry.backend.gpu_to_compute() for entry in recorded.entries if entry.quantized} - {""})
     if forward is None:
         return f"loaded {how}; forward not run: no probe inputs are known for {component.class_name}"
     if "error" in forward and needs:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
         "passed": evaluation.passed,
         "original": {
             "name": original.name, "size_bytes": folder_bytes(original), "measured": dict(evaluation.drawn.measured),
-            "pictures": str(evaluation.drawn.folder),
+            "pictures": "pictures/original",
         },
         "sampling": evaluation.sampling.describe(),
         "environment": dict(evaluation.environment),
@@ -34,11 +35,19 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_report(content: Mapping[str, Any], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "report.json"
-    file.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    return file
+def write_report(evaluation: Evaluation, folder: Path) -> dict[str, Any]:
+    """`pictures/` and report.json, the JSON last; returns its content."""
+    drawn = {"original": evaluation.drawn}
+    drawn |= {_folder_name(candidate): candidate.run for candidate in evaluation.candidates if candidate.run}
+    for name, run in drawn.items():
+        (folder / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        for sample in evaluation.samples:
+            shutil.copyfile(run.folder / f"{sample.stem}.png", folder / "pictures" / name / f"{sample.stem}.png")
+    content = describe(evaluation)
+    partial = folder / "report.json.part"
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(partial, folder / "report.json")
+    return content
 
 
 def verdict(evaluation: Evaluation) -> str:
@@ -92,7 +101,7 @@ def _candidate(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
         },
         "recipe": origin.get("recipe"),
         "measured": dict(candidate.run.measured) if candidate.run else {},
-        "pictures": str(candidate.run.folder) if candidate.run else "",
+        "pictures": f"pictures/{_folder_name(candidate)}" if candidate.run else "",
         "scores": candidate.scores.describe() if candidate.scores else {},
         "gate": [_limit(candidate, i) for i in range(len(candidate.limits))],
         "samples": _samples(candidate, evaluation),
@@ -114,6 +123,11 @@ def _samples(candidate: Candidate, evaluation: Evaluation) -> list[dict[str, Any
          **{metric: plain(values[metric][index]) for metric in values}}
         for index, sample in enumerate(evaluation.samples)
     ]  # fmt: skip
+
+
+def _folder_name(candidate: Candidate) -> str:
+    """A name that cannot collide with the original's."""
+    return f"candidate-{candidate.name.replace('/', '-')}"
 
 
 def _mean(scores: Scores, metric: str) -> Mean:

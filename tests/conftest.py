@@ -8,20 +8,16 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
-from transformers import PreTrainedModel
-
-from bitroute import quantize
 
 TINY_FLUX = Path(str(files("bitroute.recipes"))) / "tiny-flux"
 Convert = Callable[[str], Path]
-Command = Callable[..., subprocess.CompletedProcess[str]]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +35,8 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def convert(tmp_path_factory: pytest.TempPathFactory) -> Convert:
     """Converts a recipe (a built-in name, or YAML text) once; read-only by agreement."""
+    from bitroute import quantize
+
     made: dict[str, Path] = {}
 
     def convert(recipe: str) -> Path:
@@ -72,49 +70,67 @@ def write_recipe(tmp_path: Path) -> Callable[[str], str]:
     return write
 
 
-@pytest.fixture(scope="session")
-def write_hollow() -> Callable[..., None]:
-    """Writes a component's config and bf16 weights of any size whose payloads are holes: zeros that take no disk."""
-
-    def write(model: nn.Module, folder: Path, shard_bytes: int = 10**10) -> None:
-        model.config.to_json_file(folder / "config.json") if isinstance(model, PreTrainedModel) else model.save_config(folder)
-        shards: list[dict[str, Any]] = [{}]
-        filled = 0
-        for name, tensor in sorted(model.state_dict().items()):
-            if name in getattr(model, "all_tied_weights_keys", {}):
-                continue
-            size_bytes = 2 * tensor.numel()
-            if filled + size_bytes > shard_bytes:
-                shards.append({})
-                filled = 0
-            offsets = [filled, filled + size_bytes]
-            shards[-1][name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
-            filled += size_bytes
-        stem = "model" if isinstance(model, PreTrainedModel) else "diffusion_pytorch_model"
-        names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        if len(shards) == 1:
-            names = [f"{stem}.safetensors"]
-        else:
-            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        for name, shard in zip(names, shards, strict=True):
-            header = json.dumps(shard).encode()
-            with open(folder / name, "wb") as stream:
-                stream.write(struct.pack("<Q", len(header)) + header)
-                stream.truncate(8 + len(header) + max(entry["data_offsets"][1] for entry in shard.values()))
-
-    return write
-
-
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
     """Runs `python -m bitroute ARGS` in a process of its own."""
 
-    def command(*arguments: str | Path, **keywords: object) -> subprocess.CompletedProcess[str]:
+    def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "bitroute", *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, **keywords
-        )  # type: ignore[call-overload, no-any-return]
+            words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, check=False
+        )
 
     return command
+
+
+@pytest.fixture(scope="session")
+def write_hollow() -> Callable[..., None]:
+    """Writes a model's config and bf16 weights of any size whose payloads are holes: zeros that take no disk.
+
+    The model may be on the meta device; it is a diffusers or a transformers one.
+    """
+
+    def write(model: Any, folder: Path, shard_bytes: int = 10**10) -> None:
+        if hasattr(model, "save_config"):
+            stem = "diffusion_pytorch_model"
+            model.save_config(folder)
+        else:
+            stem = "model"
+            model.config.save_pretrained(folder)
+        shards = list(_hollow_shards(model, shard_bytes))
+        names = [f"{stem}.safetensors"]
+        if len(shards) > 1:
+            names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            index = json.dumps({"metadata": {}, "weight_map": weight_map})
+            (folder / f"{stem}.safetensors.index.json").write_text(index)
+        for name, shard in zip(names, shards, strict=True):
+            _write_hollow_file(folder / name, shard)
+
+    return write
+
+
+def _hollow_shards(model: Any, shard_bytes: int) -> Iterator[dict[str, Any]]:
+    """Headers, each of as many tensors as fit."""
+    header: dict[str, Any] = {}
+    filled = 0
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, tensor in sorted(model.state_dict().items()):
+        if name in tied:
+            continue
+        size_bytes = 2 * tensor.numel()
+        if filled + size_bytes > shard_bytes:
+            yield header
+            header, filled = {}, 0
+        offsets = [filled, filled + size_bytes]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+        filled += size_bytes
+    yield header
+
+
+def _write_hollow_file(file: Path, entries: dict[str, Any]) -> None:
+    header = json.dumps(entries).encode()
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + max(entry["data_offsets"][1] for entry in entries.values()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ WEIGHTS = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
 }
+TRANSFORMER_RECIPE = "model: builtin:tiny-flux\ncomponents:\n  transformer: {backend: float8}\n"
 CLIP_RECIPE = "model: builtin:tiny-flux\ncomponents:\n  text_encoder: {backend: float8, keep: none}\n"
 Rewrite = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -43,7 +45,8 @@ def shard(source: Path, component: str = "transformer") -> Path:
     """Cuts a component's single file into two shards with an index; returns the index."""
     file = source / component / WEIGHTS[component]
     tensors = load_file(file)
-    names, weight_map = sorted(tensors), {}
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
         shard_name = f"{file.stem}-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, file.with_name(shard_name), metadata={"format": "pt"})
@@ -54,13 +57,26 @@ def shard(source: Path, component: str = "transformer") -> Path:
     return index
 
 
+def forward(model: FluxTransformer2DModel) -> Tensor:
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 32), "img_ids": torch.zeros(16, 3), "timestep": torch.ones(1),
+        "encoder_hidden_states": torch.randn(1, 8, 128), "txt_ids": torch.zeros(8, 3),
+        "pooled_projections": torch.randn(1, 64),
+    }  # fmt: skip
+    with torch.inference_mode():
+        sample: Tensor = model(**{name: tensor.bfloat16() for name, tensor in inputs.items()}).sample
+    return sample
+
+
 def refusal(source: Path, kind: type[BitrouteError] = RecipeError) -> str:
     with pytest.raises(kind) as refused:
         plan("tiny-flux-fp8", str(source))
     return str(refused.value)
 
 
-def test_a_sharded_source_gives_the_same_layers_as_a_single_file(source: Path, convert: Callable[[str], Path]) -> None:
+def test_a_sharded_source_gives_the_same_layers_as_a_single_file(
+    source: Path, convert: Callable[[str], Path]
+) -> None:
     shard(source)
     out = quantize("tiny-flux-fp8", str(source), source.parent / "out")
     name = f"transformer/{WEIGHTS['transformer']}"
@@ -122,7 +138,14 @@ def test_a_checkpoint_that_bitroute_wrote_is_refused_as_a_source(convert: Callab
 
 
 def test_float8_tensors_without_a_config_are_refused(source: Path) -> None:
-    rewrite(source, "transformer", lambda tensors: {**tensors, "x_embedder.weight": tensors["x_embedder.weight"].to(torch.float8_e4m3fn)})
+    rewrite(
+        source,
+        "transformer",
+        lambda tensors: {
+            **tensors,
+            "x_embedder.weight": tensors["x_embedder.weight"].to(torch.float8_e4m3fn),
+        },
+    )
     assert "got:      float8_e4m3fn tensors" in refusal(source)
 
 
@@ -139,7 +162,9 @@ def test_a_tensor_of_another_shape_than_the_config_says_is_named_with_both_shape
     assert "expected: [192, 64]" in words
 
 
-@pytest.mark.parametrize("changes", [{"num_attention_heads": "three"}, {"num_layers": None}, {"attention_head_dim": -1}])
+@pytest.mark.parametrize(
+    "changes", [{"num_attention_heads": "three"}, {"num_layers": None}, {"attention_head_dim": -1}]
+)
 def test_a_config_that_the_class_refuses_is_named(source: Path, changes: dict[str, Any]) -> None:
     edit_json(source / "transformer" / "config.json", **changes)
     words = refusal(source)
@@ -147,14 +172,18 @@ def test_a_config_that_the_class_refuses_is_named(source: Path, changes: dict[st
     assert str(source / "transformer" / "config.json") in words
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer9DModel", "os", "DiffusionPipeline", "FluxPipeline", "__doc__", "", "ModelMixin"])
+@pytest.mark.parametrize(
+    "name", ["FluxTransformer9DModel", "os", "DiffusionPipeline", "FluxPipeline", "__doc__", "", "ModelMixin"]
+)
 def test_a_class_that_is_no_model_is_refused(source: Path, name: str) -> None:
     edit_json(source / "model_index.json", transformer=["diffusers", name])
     words = refusal(source)
     assert repr(name) in words or f"{name} refuses" in words
 
 
-@pytest.mark.parametrize("entry", [["diffusers"], ["diffusers", None], [["diffusers"], "X"], [None, None], "x", 3, None, {}])
+@pytest.mark.parametrize(
+    "entry", [["diffusers"], ["diffusers", None], [["diffusers"], "X"], [None, None], "x", 3, None, {}]
+)
 def test_a_malformed_entry_of_the_pipeline_index_is_no_component(source: Path, entry: object) -> None:
     edit_json(source / "model_index.json", transformer=entry)
     assert "the pipeline has no component 'transformer'" in refusal(source)
@@ -180,7 +209,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(source: Path) -> None:
 
 
 def test_a_file_and_a_missing_folder_are_refused(source: Path) -> None:
-    assert "model_index.json is a file" in refusal(source / "model_index.json")
+    assert "a file" in refusal(source / "model_index.json")
     assert "no folder of that name" in refusal(source / "none")
     with pytest.raises(SourceError, match="no such model folder"):
         open_pipeline("builtin:../tiny-flux-none")
@@ -230,28 +259,29 @@ def test_older_clip_files_with_a_prefix_convert_and_load(source: Path, write_rec
     out = quantize(write_recipe(CLIP_RECIPE), str(source), source.parent / "out")
     found = verify(out)
     assert found.problems == []
-    assert found.components["text_encoder"].startswith("loaded without bitroute")
+    assert found.components["text_encoder"].endswith("loaded without bitroute; forward ok")
     assert {layer.layer for layer in found.layers} >= {"encoder.layers.0.self_attn.q_proj"}
 
 
-def test_spaces_and_unicode_in_the_path_do_no_harm(source: Path) -> None:
+def test_spaces_and_unicode_in_the_path_do_no_harm(source: Path, write_recipe: Callable[[str], str]) -> None:
     moved = source.rename(source.with_name("mödel 模型 [v1] {0-3} 100%"))
-    out = quantize("tiny-flux-fp8", str(moved), moved.parent / "öut put [x]")
-    found = verify(out)
+    found = verify(quantize(write_recipe(TRANSFORMER_RECIPE), str(moved), moved.parent / "öut put [x]"))
     assert found.problems == []
-    assert found.components["transformer"] == "loaded without bitroute; forward ok"
+    assert found.components["transformer"].endswith("loaded without bitroute; forward ok")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("recipe", ["tiny-flux-fp8", "tiny-flux-int8", "tiny-flux-mixed", "tiny-flux-nf4"])
-def test_sources_in_other_dtypes_convert_and_keep_theirs(source: Path, dtype: torch.dtype, recipe: str) -> None:
+def test_sources_in_other_dtypes_convert_load_and_keep_theirs(source: Path, dtype: torch.dtype, recipe: str) -> None:
     for component in ("transformer", "text_encoder_2"):
         rewrite(source, component, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
     out = quantize(recipe, str(source), source.parent / "out")
-    loads = recipe == "tiny-flux-fp8"
-    found = verify(out, load=loads)
-    assert found.problems == []
-    if loads:
-        assert found.components["transformer"] == "loaded without bitroute; forward ok"
+    assert verify(out, load=False).problems == []
     kept = read_header(out / "transformer" / WEIGHTS["transformer"]).tensors["x_embedder.weight"]
     assert kept.spec.dtype == dtype
+    if recipe != "tiny-flux-nf4":  # its loader wants a GPU
+        assert (
+            forward(FluxTransformer2DModel.from_pretrained(out / "transformer", dtype=torch.bfloat16))
+            .isfinite()
+            .all()
+        )

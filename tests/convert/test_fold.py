@@ -20,16 +20,27 @@ def test_consecutive_blocks_become_ranges() -> None:
 
 def test_the_order_of_the_names_is_kept() -> None:
     names = ["x_embedder", "blocks.0.b", "blocks.0.a", "blocks.1.b", "proj_out"]
-    assert [str(found) for found in fold(names)] == ["x_embedder", "blocks.{0-1}.b", "blocks.{0}.a", "proj_out"]
+    assert [str(found) for found in fold(names)] == [
+        "x_embedder",
+        "blocks.{0-1}.b",
+        "blocks.{0}.a",
+        "proj_out",
+    ]
 
 
 def test_numbers_inside_words_are_no_blocks() -> None:
-    assert [str(found) for found in fold(["norm1.linear", "norm2.linear"])] == ["norm1.linear", "norm2.linear"]
+    assert [str(found) for found in fold(["norm1.linear", "norm2.linear"])] == [
+        "norm1.linear",
+        "norm2.linear",
+    ]
 
 
 def test_only_layers_of_one_key_fold_together() -> None:
     keys = {"blocks.0.ff": "a", "blocks.1.ff": "b", "blocks.2.ff": "a"}
-    assert [(key, str(found)) for key, found in fold_by(keys)] == [("a", "blocks.{0,2}.ff"), ("b", "blocks.{1}.ff")]
+    assert [(key, str(found)) for key, found in fold_by(keys)] == [
+        ("a", "blocks.{0,2}.ff"),
+        ("b", "blocks.{1}.ff"),
+    ]
 
 
 @given(NAMES)

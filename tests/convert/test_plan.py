@@ -17,6 +17,7 @@ from bitroute import plan, quantize
 from bitroute.cli import main
 from bitroute.convert import plan as planning
 from bitroute.convert.describe import describe
+from bitroute.convert.entry import Entry
 from bitroute.convert.layout import read_header
 from bitroute.convert.plan import Plan
 from bitroute.errors import RecipeError
@@ -84,7 +85,13 @@ def _bytes_read() -> int:
 
 @pytest.mark.parametrize(
     ("backend", "bits"),
-    [("float8", 8 + 32 / 192), ("int8", 8 + 40 / 192), ("nvfp4", 4.5 + 32 / 192**2), ("mxfp4", 4.25), ("keep", 16)],
+    [
+        ("float8", 8 + 32 / 192),
+        ("int8", 8 + 40 / 192),
+        ("nvfp4", 4.5 + 32 / 192**2),
+        ("mxfp4", 4.25),
+        ("keep", 16),
+    ],
 )
 def test_bits_per_weight_count_the_scales(backend: str, bits: float, write_recipe: Write) -> None:
     planned = plan(write_recipe(recipe(f"{{backend: {backend}, keep: none}}")))
@@ -95,7 +102,8 @@ def test_bits_per_weight_count_the_scales(backend: str, bits: float, write_recip
 def test_every_source_tensor_has_one_entry_with_its_rule_and_line(source: Path, write_recipe: Write) -> None:
     file = write_recipe(
         "model: builtin:tiny-flux\ncomponents:\n  transformer:\n    backend: float8\n    rules:\n"
-        '      - layers: "transformer_blocks.{0}.*"\n        backend: int8\n      - {role: modulation, backend: nvfp4}\n'
+        '      - layers: "transformer_blocks.{0}.*"\n        backend: int8\n'
+        "      - {role: modulation, backend: nvfp4}\n"
     )
     entries = plan(file).components[0].entries
     tensors = read_header(source / "transformer" / "diffusion_pytorch_model.safetensors").tensors
@@ -159,7 +167,8 @@ def test_the_report_lists_every_problem_of_a_recipe_with_its_line(write_recipe: 
 
 def test_bad_options_are_reported_once_with_the_line_of_the_options(write_recipe: Write) -> None:
     file = write_recipe(
-        "model: builtin:tiny-flux\ncomponents:\n  transformer:\n    backend: nvfp4\n    options: {scael: mse, scale: 3}\n"
+        "model: builtin:tiny-flux\ncomponents:\n  transformer:\n    backend: nvfp4\n"
+        "    options: {scael: mse, scale: 3}\n"
     )
     words = refusal(file)
     assert words.count(f"{file}:5: ") == 2
@@ -182,7 +191,10 @@ def test_a_class_without_a_profile_needs_an_explicit_keep(write_recipe: Write) -
 @pytest.mark.parametrize(
     ("transformer", "why"),
     [
-        ("{backend: float8, container: native, rules: [{role: feed-forward, backend: nf4}]}", "mixes the families"),
+        (
+            "{backend: float8, container: native, rules: [{role: feed-forward, backend: nf4}]}",
+            "mixes the families",
+        ),
         ("{backend: mxfp4, container: native}", "no library runs mxfp4"),
         ("{backend: nf4, container: native}", "cannot keep 'proj_out'"),
         ("{backend: quanto-int8, container: native}", "'linear'"),
@@ -248,7 +260,7 @@ def test_a_layer_that_is_larger_than_a_shard_has_one_of_its_own(monkeypatch: pyt
     assert len(set(component.shard_names)) == len(component.shards) > 50
 
 
-def _size(shard: list[planning.Entry]) -> int:
+def _size(shard: list[Entry]) -> int:
     return sum(entry.size_bytes for entry in shard)
 
 

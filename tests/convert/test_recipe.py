@@ -128,14 +128,14 @@ def test_a_recipe_without_components_is_a_problem_and_no_recipe(tmp_path: Path, 
 
 
 def test_a_number_where_text_belongs_is_told_to_be_quoted(tmp_path: Path) -> None:
-    file = read(tmp_path, "revision: 1234567\n" + GOOD)
+    file = read(tmp_path, "description: 1234567\n" + GOOD)
     assert [problem.next_step for problem in file.problems] == ["put it in quotes"]
 
 
 def test_words_and_dates_stay_text(tmp_path: Path) -> None:
-    text = "model: no\nrevision: 2024-05-06\n" + GOOD.partition("\n")[2]
+    text = "model: no\ndescription: 2024-05-06\n" + GOOD.partition("\n")[2]
     file = read(tmp_path, text)
-    assert file.recipe and (file.recipe.model, file.recipe.revision) == ("no", "2024-05-06")
+    assert file.recipe and (file.recipe.model, file.recipe.description) == ("no", "2024-05-06")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_what_is_not_a_plain_yaml_mapping_is_refused_with_its_line(
 
 
 def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_bytes(b"model: a\nrevision: \xff\n")
+    (tmp_path / "r.yaml").write_bytes(b"model: a\ndescription: \xff\n")
     with pytest.raises(RecipeError, match=r"r\.yaml:2: is not text"):
         read_recipe(str(tmp_path / "r.yaml"))
 

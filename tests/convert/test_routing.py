@@ -223,7 +223,7 @@ def test_a_rule_behind_wider_rules_names_them_and_their_lines() -> None:
 
 def test_a_rule_whose_layers_are_all_kept_says_how_to_free_them() -> None:
     message = only_problem({"role": "output", "backend": "int8"})
-    assert "keep (profile)" in message and "`keep: none`, or a list" in message
+    assert "keep (profile)" in message and "keep the others only: `keep: [" in message
 
 
 def test_an_unknown_role_lists_the_roles_there_are() -> None:

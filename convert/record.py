@@ -1,0 +1,118 @@
+"""`bitroute.json` read back: what a job said it would write into the folder around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitroute import backends
+from bitroute.backends.base import Backend, TensorSpec
+from bitroute.convert.checkpoint import STEMS, Component, read_json
+from bitroute.convert.layout import DTYPES
+from bitroute.errors import Problem, SourceError
+
+
+@dataclass(frozen=True)
+class RecordedEntry:
+    """One source tensor and what was made of it."""
+
+    name: str
+    layer: str
+    backend: Backend
+    weight: TensorSpec
+    tensors: dict[str, tuple[str, TensorSpec]]  # suffix → stored name and what it must be
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> RecordedEntry:
+        tensors = {
+            suffix: (str(name), TensorSpec(tuple(shape), DTYPES[dtype]))
+            for suffix, (name, dtype, shape) in entry["tensors"].items()
+        }
+        backend = backends.create(entry["backend"], **entry["options"])
+        weight = TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        return cls(entry["name"], entry["layer"], backend, weight, tensors)
+
+    @property
+    def quantized(self) -> bool:
+        return self.backend.name != "keep"
+
+
+@dataclass(frozen=True)
+class RecordedComponent:
+    component: Component
+    container: str
+    size_bytes: int
+    entries: list[RecordedEntry]
+
+    @classmethod
+    def parse(cls, folder: Path, name: str, content: Mapping[str, Any]) -> RecordedComponent:
+        if content["library"] not in STEMS:
+            raise ValueError(f"library {content['library']!r}")
+        component = Component(name, content["library"], str(content["class"]), folder / name)
+        entries = [RecordedEntry.parse(entry) for entry in content["entries"]]
+        return cls(component, content["container"], int(content["size_bytes"]), entries)
+
+    @property
+    def name(self) -> str:
+        return self.component.name
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales included."""
+        stored = sum(spec.size_bytes for entry in self.entries for _, spec in entry.tensors.values())
+        return 8 * stored / max(sum(entry.weight.numel for entry in self.entries), 1)
+
+
+@dataclass(frozen=True)
+class Record:
+    model: str  # the source, as the user wrote it
+    components: list[RecordedComponent]
+    copied: dict[str, int]  # file → bytes
+    written: list[str]  # every other file
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a finished checkpoint.
+
+    Raises:
+        SourceError: the folder is not a finished checkpoint of bitroute, or its record was damaged.
+        BackendError: it was written with a backend that is not installed here.
+    """
+    content = _content(folder)
+    try:
+        plan = content["plan"]
+        components = [RecordedComponent.parse(folder, *item) for item in plan["components"].items()]
+        copied = {str(name): int(size_bytes) for name, size_bytes in plan["copied"].items()}
+        written = [str(name) for name in content["files"] if name not in copied]
+        return Record(str(content["source"]["model"]), components, copied, written)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SourceError(
+            Problem(
+                "not the record that a job writes", str(folder / "bitroute.json"),
+                got=f"{type(error).__name__}: {error}", next_step="the file was changed: convert again",
+            )
+        ) from error  # fmt: skip
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    file = folder / "bitroute.json"
+    if not file.is_file():
+        unfinished = (folder / "bitroute.json.part").is_file()
+        raise SourceError(
+            Problem(
+                "not a finished checkpoint of bitroute", str(folder),
+                got="an unfinished one" if unfinished else "no bitroute.json",
+                next_step="run the job again with --overwrite" if unfinished else "give the folder that a job wrote",
+            )
+        )  # fmt: skip
+    content = read_json(file)
+    if content.get("format_version") != 1:
+        raise SourceError(
+            Problem(
+                "bitroute.json has another format", str(file), got=f"format_version {content.get('format_version')}",
+                expected="1", next_step="pip install -U bitroute",
+            )
+        )  # fmt: skip
+    return content
