@@ -59,9 +59,7 @@ class _RegisterAfterLoading:
     """A `sys.meta_path` finder: the library's own loader runs first, then our quantizer joins its tables."""
 
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name in _QUANTIZERS else None
         if spec is None or spec.loader is None:
             return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitroute.convert.noise import quiet
-from bitroute.errors import BitrouteError
+from bitroute.errors import BitrouteError, Problem
 
 if TYPE_CHECKING:
     from bitroute.convert.plan import Plan
@@ -25,38 +25,61 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as
 
 
 class _Command(click.Group):
-    """Turns bitroute's errors into text and an exit code; a traceback only with -vv."""
+    """Turns errors into text and an exit code; a traceback only with -vv."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from bitroute.convert.recipe import builtin_recipes
+
+        if args and args[0].removesuffix(".yaml") in builtin_recipes():
+            raise click.UsageError(f"{args[0]!r} is a recipe: quantize --recipe {args[0]}")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        if not ctx.params.get("verbose", 0):
+        verbose = ctx.params.get("verbose", 0)
+        if not verbose:
             quiet()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows `?`, it is no reason to fail
                 stream.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
-        except BitrouteError as error:
-            if ctx.params.get("verbose", 0) > 1:
-                traceback.print_exc()
-            click.echo("\n".join(str(problem) for problem in error.problems), err=True)
-            ctx.exit(error.exit_code)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
         except (KeyboardInterrupt, click.Abort):
             click.echo("\ninterrupted; nothing unfinished carries a final name", err=True)
-            click.echo(f"again: {_again()}", err=True)
+            click.echo(f"again: {_again(ctx)}", err=True)
             ctx.exit(130)
         except BrokenPipeError:  # `quantize … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+        except Exception as error:
+            if verbose > 1:
+                traceback.print_exc()
+            known = error if isinstance(error, BitrouteError) else BitrouteError(_internal(error))
+            _print_problems(known)
+            ctx.exit(known.exit_code)
+
+
+def _internal(error: Exception) -> Problem:
+    return Problem(
+        "bitroute did not expect this", got=f"{type(error).__name__}: {error}"[:500],
+        next_step="run it again with -vv and report what it prints",
+    )  # fmt: skip
+
+
+def _print_problems(error: BitrouteError) -> None:
+    """On stderr; with --json also on stdout, for the program that reads it."""
+    click.echo("\n".join(str(problem) for problem in error.problems), err=True)
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"problems": [vars(problem) for problem in error.problems]}, indent=1))
 
 
 @click.group(cls=_Command, invoke_without_command=True, context_settings=CONTEXT)
 @click.option("--recipe", "-r", help="A recipe file, or the name of a built-in one.")
-@click.option(
-    "--model", "-m", help="The pipeline folder, or builtin:tiny-flux; overrides the recipe's `model`."
-)
-@click.option(
-    "--out", "-o", type=click.Path(path_type=Path), help="Output folder  [default: the recipe's name]"
-)
+@click.option("--model", "-m", help="The pipeline folder, or builtin:tiny-flux; overrides the recipe's `model`.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder  [default: the recipe's name]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of bitroute in the output folder.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu, cuda, mps.")
@@ -81,25 +104,30 @@ def main(
     if ctx.invoked_subcommand is not None:
         return
     if recipe is None:
-        raise click.UsageError(
-            "give --recipe, or a command; `quantize recipes list` shows the built-in recipes"
-        )
+        raise click.UsageError("give --recipe, or a command; `quantize recipes list` shows the built-in recipes")
+    from bitroute.convert.describe import written_files
+    from bitroute.convert.job import check_device
+    from bitroute.convert.output import check_output
     from bitroute.convert.plan import plan
 
-    out = out or Path(Path(recipe).stem)
+    check_device(device)
     planned = plan(recipe, model)
+    folder = out.expanduser() if out else Path(Path(recipe).stem)
+    if out or not dry_run:
+        check_output(planned, folder, written_files(planned), overwrite)
     if dry_run:
         _print_plan(planned, as_json)
         return
-    _run(planned, out, device, overwrite, as_json)
-    found = None if no_verify else _verify(out, planned.pipeline.name, load=True)
-    _print_result(planned, out, found, as_json)
+    _run(planned, folder, device, overwrite, as_json)
+    ctx.meta["written"] = folder
+    found = None if no_verify else _verify(folder, planned.pipeline.name, load=True)
+    _print_result(planned, folder, found, as_json)
     ctx.exit(1 if found and found.problems else 0)
 
 
 @main.group(context_settings=CONTEXT)
 def recipes() -> None:
-    """List, show, copy and check recipes."""
+    """List, show, copy, check recipes."""
 
 
 @recipes.command("list")
@@ -147,7 +175,7 @@ def recipes_check(name: str, model: str | None) -> None:
 @click.argument("name", required=False)
 @JSON
 def list_backends(name: str | None, as_json: bool) -> None:
-    """The formats a layer can have; with NAME, its options and arithmetic."""
+    """The formats; with NAME, its options."""
     from bitroute.convert.doctor import describe_backend, list_formats
 
     if name:
@@ -162,7 +190,7 @@ def list_backends(name: str | None, as_json: bool) -> None:
 @click.argument("path")
 @JSON
 def inspect_path(path: str, as_json: bool) -> None:
-    """What a .safetensors file or a checkpoint folder holds, from its headers."""
+    """What a file or folder of safetensors holds."""
     from bitroute.convert.inspection import inspect, inspection_text
 
     found = inspect(path)
@@ -176,7 +204,10 @@ def inspect_path(path: str, as_json: bool) -> None:
 @JSON
 @click.pass_context
 def verify_folder(ctx: click.Context, folder: Path, model: str | None, no_load: bool, as_json: bool) -> None:
-    """Prove a finished checkpoint: its tensors, its weights against the source, and that it loads."""
+    """Prove a finished checkpoint.
+
+    Every file is what the job wrote, every layer decodes to its source, every component loads in a fresh process.
+    """
     from bitroute.convert.table import verification_json, verification_text
 
     found = _verify(folder, model, load=not no_load)
@@ -187,7 +218,7 @@ def verify_folder(ctx: click.Context, folder: Path, model: str | None, no_load: 
 @main.command("doctor", context_settings=CONTEXT)
 @JSON
 def show_doctor(as_json: bool) -> None:
-    """This machine: devices, library versions, and which formats it can store and compute."""
+    """This machine and what it can do."""
     from bitroute.convert.doctor import diagnose, diagnosis_text
 
     found = diagnose()
@@ -196,20 +227,23 @@ def show_doctor(as_json: bool) -> None:
 
 def _run(planned: Plan, out: Path, device: str, overwrite: bool, as_json: bool) -> None:
     from bitroute.convert.job import run
+    from bitroute.convert.progress import Bar
     from bitroute.convert.table import plan_table
 
     if not as_json:
         _console().print(plan_table(planned))
     total = sum(component.source_bytes for component in planned.components)
-    with _Bar("quantizing", total) as bar:
+    with Bar("quantizing", total) as bar:
         run(planned, out, device=device, overwrite=overwrite, progress=bar.advance)
 
 
 def _verify(folder: Path, model: str | None, *, load: bool) -> Verification:
+    from bitroute.convert.progress import Bar
+    from bitroute.convert.record import read_record
     from bitroute.convert.verify import verify
 
-    with _Bar("verifying", None) as bar:
-        return verify(folder, model, load=load, progress=lambda what: bar.advance(0, what))
+    with Bar("verifying", read_record(folder.expanduser()).size_bytes) as bar:
+        return verify(folder, model, load=load, progress=bar.advance)
 
 
 def _print_plan(planned: Plan, as_json: bool) -> None:
@@ -242,46 +276,14 @@ def _console() -> Any:
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
 
 
-def _again() -> str:
+def _again(ctx: click.Context) -> str:
+    """The command that takes up what was interrupted."""
     program = Path(sys.argv[0]).name
-    words = [*(["python", "-m", "bitroute"] if program == "__main__.py" else [program]), *sys.argv[1:]]
-    is_job = any(word.startswith(("--recipe", "-r")) for word in words)
-    return shlex.join([*words, *(["--overwrite"] if is_job and "--overwrite" not in words else [])])
-
-
-class _Bar:
-    """A bar with rate and time left on a terminal; a line every tenth of the way elsewhere."""
-
-    def __init__(self, title: str, total_bytes: int | None) -> None:
-        self.title, self.total_bytes, self.done_bytes, self.tenth = title, total_bytes, 0, 0
-        self.live: Any = None
-
-    def __enter__(self) -> _Bar:
-        if sys.stderr.isatty():
-            self.live = _rich_progress()
-            self.live.start()
-            self.task = self.live.add_task(self.title, total=self.total_bytes, what="")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.live:
-            self.live.stop()
-
-    def advance(self, done_bytes: int, what: str) -> None:
-        self.done_bytes += done_bytes
-        if self.live:
-            self.live.update(self.task, advance=done_bytes, what=what)
-        elif self.total_bytes and self.done_bytes * 10 // self.total_bytes > self.tenth:
-            self.tenth = self.done_bytes * 10 // self.total_bytes
-            click.echo(f"{self.title}: {self.tenth * 10} % of {self.total_bytes / 1e6:,.1f} MB", err=True)
-
-
-def _rich_progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True)
+    program_words = ["python", "-m", "bitroute"] if program == "__main__.py" else [program]
+    if "written" in ctx.meta:
+        return shlex.join([*program_words, "verify", str(ctx.meta["written"])])
+    is_job = ctx.invoked_subcommand is None and "--overwrite" not in sys.argv
+    return shlex.join([*program_words, *sys.argv[1:], *(["--overwrite"] if is_job else [])])
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ __all__ = ["available", "create", "find", "suggest"]
 
 _DISTRIBUTIONS = {"optimum": "optimum-quanto"}  # import name → what pip calls it, where they differ
 _ELSEWHERE = {
-    "fp8": "float8", "e4m3": "float8", "float8_e4m3fn": "float8", "w8a8": "int8", "int8wo": "int8", "int4": "quanto-int4",
-    "bf16": "keep", "bfloat16": "keep", "fp16": "keep", "none": "keep", "bnb": "nf4", "bnb-nf4": "nf4", "bnb-4bit": "nf4",
-    "bnb-8bit": "bnb-int8", "llm-int8": "bnb-int8", "mxfp8-e4m3": "mxfp8",
+    "fp8": "float8", "e4m3": "float8", "float8_e4m3fn": "float8", "w8a8": "int8", "int8wo": "int8",
+    "int4": "quanto-int4", "bf16": "keep", "bfloat16": "keep", "fp16": "keep", "none": "keep", "bnb": "nf4",
+    "bnb-nf4": "nf4", "bnb-4bit": "nf4", "bnb-8bit": "bnb-int8", "llm-int8": "bnb-int8",
 }  # fmt: skip
 _NOT_FORMATS = {"base", "load"}
 

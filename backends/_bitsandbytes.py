@@ -28,9 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
 
 NESTED_BLOCK = 256  # absmax values that share a second-level absmax; bitsandbytes knows no other
-QUANT_STATE_BYTES = (
-    256  # the JSON is padded: its length depends on the digits of the mean, a plan has no data
-)
+QUANT_STATE_BYTES = 256  # the JSON is padded: its length depends on the digits of the mean, a plan has no data
 _means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # quant_state → (its version, mean absmax)
 
 
@@ -81,9 +79,7 @@ class FourBit(Backend):
         )
         packed = state.as_dict(packed=True)
         packed["quant_state"] = _padded(packed.pop(f"quant_state.bitsandbytes__{self.quant_type}"))
-        return Survey(
-            outputs={name: packed[name] for name in packed if self.double_quant or name != "absmax"}
-        )
+        return Survey(outputs={name: packed[name] for name in packed if self.double_quant or name != "absmax"})
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
         codes, state = quantize_4bit(rows, blocksize=self.block, quant_type=self.quant_type)
@@ -107,15 +103,11 @@ class FourBit(Backend):
         }
         return NativeRecord(names=names, config=config)
 
-    def linear(
-        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
-    ) -> Tensor:
+    def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if not x.is_cuda:
             return super().linear(x, stored, weight, bias)
         bias = None if bias is None else bias.to(x.dtype)
-        result: Tensor = bnb.matmul_4bit(
-            x, stored["codes"], self.quant_state(stored, weight, x.dtype), bias=bias
-        )
+        result: Tensor = bnb.matmul_4bit(x, stored["codes"], self.quant_state(stored, weight, x.dtype), bias=bias)
         return result
 
     def quant_state(self, stored: Mapping[str, Tensor], weight: TensorSpec, dtype: torch.dtype) -> QuantState:

@@ -139,9 +139,7 @@ class MX(Backend):
         record = native_record(tensor, config)
         return record if activation_dtype == weight_dtype else replace(record, config={})
 
-    def linear(
-        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
-    ) -> Tensor:
+    def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activation_element is not None:
             x = quantized(x, self.activation_element)
         return super().linear(x, stored, weight, bias)

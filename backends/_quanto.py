@@ -42,9 +42,7 @@ class Quanto(Backend):
 
     def record(self, weight: TensorSpec) -> NativeRecord:
         names = {**self.names, **{suffix: suffix for suffix in ACTIVATION_SCALES}}
-        return NativeRecord(
-            names=names, config={"quant_method": "quanto", "weights_dtype": self.weights_dtype}
-        )
+        return NativeRecord(names=names, config={"quant_method": "quanto", "weights_dtype": self.weights_dtype})
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,7 @@ class Backend(ABC):
     """One format with its options; subclasses are frozen pydantic dataclasses whose fields are the options."""
 
     name: ClassVar[str]  # as recipes spell it
-    family: ClassVar[
-        str
-    ]  # the native container: torchao, bitsandbytes_4bit, bitsandbytes_8bit, quanto, bitroute
+    family: ClassVar[str]  # the native container: torchao, bitsandbytes_4bit, bitsandbytes_8bit, quanto, bitroute
     needs: ClassVar[frozenset[str]] = frozenset()  # packages that encode and decode
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every concrete backend is a dataclass
     lowest_sqnr_db: ClassVar[float]  # a healthy weight never decodes worse than this; verify fails below it
@@ -125,9 +123,7 @@ class Backend(ABC):
         """The options that differ from their defaults."""
         fields = dataclasses.fields(self)
         values = {option.name: getattr(self, option.name) for option in fields}
-        return {
-            option.name: values[option.name] for option in fields if values[option.name] != option.default
-        }
+        return {option.name: values[option.name] for option in fields if values[option.name] != option.default}
 
     def refuse(self, weight: TensorSpec) -> str | None:
         """Why this format cannot hold a weight of that shape ([out, in]), or None."""
@@ -165,9 +161,7 @@ class Backend(ABC):
         """The smallest GPU whose arithmetic units run this format; empty where any device does."""
         return ""
 
-    def linear(
-        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
-    ) -> Tensor:
+    def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         """x [..., in] through the stored weight, in the dtype of x."""
         decoded = self.decode(stored, weight).to(x.dtype)
         return functional.linear(x, decoded, None if bias is None else bias.to(x.dtype))

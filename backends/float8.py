@@ -80,9 +80,7 @@ class Float8(Backend):
     def gpu_to_compute(self) -> str:
         return "" if self.activations == "none" else "CUDA compute capability 8.9 (Ada, RTX 40) or MI300"
 
-    def linear(
-        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
-    ) -> Tensor:
+    def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activations == "none":
             return super().linear(x, stored, weight, bias)
         return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)

@@ -56,9 +56,7 @@ class Int8(Backend):
         config = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig(version=2)
         return native_record(self._tensor(stored, weight), config)
 
-    def linear(
-        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
-    ) -> Tensor:
+    def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activations == "none":
             return super().linear(x, stored, weight, bias)
         return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)

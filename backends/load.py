@@ -147,8 +147,7 @@ def attach(
         if not set(layer.name.split(".")).isdisjoint(float32):
             layer.linear.to(torch.float32)
         stored = {
-            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-            for suffix, spec in layer.outputs.items()
+            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in layer.outputs.items()
         }
         model.set_submodule(layer.name, layer.backend.attach(layer.linear, stored))
     return frozenset(expected)

@@ -133,9 +133,7 @@ class NVFP4(Backend):
     def gpu_to_compute(self) -> str:
         return "" if self.activations == "none" else "CUDA compute capability 10.0 (Blackwell)"
 
-    def linear(
-        self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None
-    ) -> Tensor:
+    def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         return super().linear(x if self.activations == "none" else quantized(x), stored, weight, bias)
 
     def _candidates(self, ideal: Tensor) -> list[Tensor]:

@@ -74,7 +74,5 @@ def group_size(columns: int) -> int:
 def _encode(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [groups, size] (not packed), scale and shift [groups, 1] of bf16 groups."""
     scale, shift = MaxOptimizer().optimize(groups, qint4, axis=0)
-    codes = torch.ops.quanto.quantize_affine(
-        groups, bits=4, axis=0, group_size=None, scale=divisor(scale), shift=shift
-    )
+    codes = torch.ops.quanto.quantize_affine(groups, bits=4, axis=0, group_size=None, scale=divisor(scale), shift=shift)
     return codes, scale, shift

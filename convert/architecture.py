@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from bitroute.convert.checkpoint import Component
 from bitroute.convert.layout import StoredTensor
 from bitroute.errors import Problem, SourceError
+
+BUFFERS_OF_OLD = (".position_ids", ".inv_freq")
+MODULES_PER_TENSOR = 50  # a class has far fewer; a config that asks for more is not that of these weights
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,7 @@ class Architecture:
     @property
     def linear(self) -> list[str]:
         """Layers a quantizing backend can take: linear ones whose weight the checkpoint stores under their name."""
-        return [
-            name
-            for name, kind in self.layers.items()
-            if kind == "Linear" and f"{name}.weight" in self.sources
-        ]
+        return [name for name, kind in self.layers.items() if kind == "Linear" and f"{name}.weight" in self.sources]
 
     @property
     def other(self) -> list[str]:
@@ -49,35 +51,54 @@ def build(component: Component) -> Architecture:
     """
     _refuse_quantized(component)
     model = build_model(component)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     sources = _match(component, model, expected)
-    tied = _tied(model)
-    problems = [
-        Problem(f"the checkpoint lacks tensor {name!r}", str(component.folder),
-                expected=f"{component.class_name} wants it with shape {list(shape)}")
-        for name, shape in expected.items() if name not in sources and name not in tied
-    ] + [
-        Problem(f"tensor {name!r} has another shape than {component.class_name} wants", str(component.folder),
-                got=str(list(sources[name].spec.shape)), expected=str(list(shape)),
+    problems = [*_mismatches(component, expected, sources, _tied(model))]
+    unknown = [name for name in sources if name not in expected]
+    ignored = [name for name in unknown if _ignored(model, name)]
+    problems += [
+        Problem(f"tensor {name!r} is none that {component.class_name} has", str(component.folder),
                 next_step="config.json and the weights belong to different models")
-        for name, shape in expected.items() if name in sources and sources[name].spec.shape != shape
+        for name in unknown if name not in ignored
     ]  # fmt: skip
     if problems:
         raise SourceError(problems[:20])
-    return Architecture(dict(_layers(model)), sources)
+    return Architecture(dict(_layers(model)), {n: s for n, s in sources.items() if n not in ignored})
+
+
+def _mismatches(
+    component: Component, expected: Mapping[str, Tensor], sources: Mapping[str, StoredTensor], tied: set[str]
+) -> Iterator[Problem]:
+    where, mend = str(component.folder), "config.json and the weights belong to different models"
+    for name, wanted in expected.items():
+        if name not in sources:
+            if name not in tied:
+                want = f"{component.class_name} wants it with shape {list(wanted.shape)}"
+                yield Problem(f"the checkpoint lacks tensor {name!r}", where, expected=want, next_step=mend)
+            continue
+        stored = sources[name].spec
+        if stored.shape != tuple(wanted.shape):
+            what = f"tensor {name!r} has another shape than {component.class_name} wants"
+            yield Problem(what, where, str(list(stored.shape)), str(list(wanted.shape)), mend)
+        elif wanted.is_floating_point() and not stored.dtype.is_floating_point:
+            yield Problem(f"tensor {name!r} is not a float", where, str(stored.dtype), "bf16, fp16 or fp32")
+
+
+def _ignored(model: nn.Module, name: str) -> bool:
+    """What older checkpoints carry and the class itself leaves unread."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return name.endswith(BUFFERS_OF_OLD) or any(re.search(pattern, name) for pattern in patterns)
 
 
 def build_model(component: Component) -> nn.Module:
     """The component's class on the meta device. Only classes of diffusers and transformers: no remote code runs."""
     model_class = _find_class(component)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(MODULES_PER_TENSOR * (len(component.tensors) + 100)):
             if component.library == "diffusers":
                 model: nn.Module = model_class.from_config(_without_quantization(component.config))
             else:
-                model = model_class(
-                    model_class.config_class.from_dict(_without_quantization(component.config))
-                )
+                model = model_class(model_class.config_class.from_dict(_without_quantization(component.config)))
     except Exception as error:  # the classes raise whatever they like on a config that is not theirs
         raise SourceError(
             Problem(
@@ -87,6 +108,23 @@ def build_model(component: Component) -> nn.Module:
             )
         ) from error  # fmt: skip
     return model
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Stops a config such as `num_layers: 100000000` before it fills the memory."""
+    left = [modules]
+
+    def count(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ValueError(f"the config asks for more than {modules} modules, the weights hold far fewer tensors")
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _find_class(component: Component) -> Any:
@@ -138,11 +176,7 @@ def _refuse_quantized(component: Component) -> None:
     stored = {tensor.spec.dtype for tensor in component.tensors.values()} - {torch.bool}
     dtypes = {str(dtype).removeprefix("torch.") for dtype in stored if dtype.itemsize == 1}
     if config or dtypes:
-        got = (
-            f"quant_method {config.get('quant_method')!r}"
-            if config
-            else f"{', '.join(sorted(dtypes))} tensors"
-        )
+        got = f"quant_method {config.get('quant_method')!r}" if config else f"{', '.join(sorted(dtypes))} tensors"
         raise SourceError(
             Problem(
                 f"component {component.name!r} is already quantized", str(component.folder), got=got,

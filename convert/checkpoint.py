@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from bitroute.convert.layout import Header, StoredTensor, read_header
+from bitroute.convert.reading import read_json
 from bitroute.errors import Problem, SourceError, did_you_mean
 
 BUILTIN = "builtin:"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-CONFIG_LIMIT_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,7 @@ class Component:
             return self._shards(index)
         if single.exists():
             return [single]
-        others = sorted(
-            p.name for p in self.folder.iterdir() if p.suffix in {".safetensors", ".bin", ".ckpt", ".pt"}
-        )
+        others = sorted(p.name for p in self.folder.iterdir() if p.suffix in {".safetensors", ".bin", ".ckpt", ".pt"})
         raise SourceError(
             Problem(
                 f"component {self.name!r} has no weights in safetensors", str(self.folder),
@@ -114,9 +107,14 @@ class Pipeline:
         return found
 
     @property
+    def wanted(self) -> list[str]:
+        """Every part that the pipeline's index names; optional parts that it leaves out are [null, null]."""
+        return [name for name, entry in self.index.items() if isinstance(entry, list) and any(entry)]
+
+    @property
     def parts(self) -> list[str]:
         """Every folder that the pipeline's index names and that is there."""
-        return [n for n, e in self.index.items() if isinstance(e, list) and (self.folder / n).is_dir()]
+        return [name for name in self.wanted if (self.folder / name).is_dir()]
 
 
 def open_pipeline(model: str) -> Pipeline:
@@ -125,9 +123,12 @@ def open_pipeline(model: str) -> Pipeline:
     Raises:
         SourceError: there is no such folder, or it is not a pipeline folder.
     """
-    folder = _builtin(model) if model.startswith(BUILTIN) else Path(model).expanduser()
-    if not folder.is_dir():
-        raise SourceError(_no_folder(model, folder))
+    try:
+        folder = _builtin(model) if model.startswith(BUILTIN) else Path(model).expanduser()
+        if not model or not folder.is_dir():
+            raise SourceError(_no_folder(model, folder))
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, no permission
+        raise SourceError(Problem("not a usable model path", model[:100], got=str(error)[:200])) from error
     if not (folder / "model_index.json").is_file():
         raise SourceError(
             Problem(
@@ -143,69 +144,6 @@ def open_pipeline(model: str) -> Pipeline:
                         got=name, expected="plain folder names")
             )  # fmt: skip
     return Pipeline(folder, model, index)
-
-
-def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
-    """Rows start..stop of a tensor seen as [out, everything else]; a fresh copy.
-
-    Raises:
-        SourceError: the file ends early or cannot be read.
-    """
-    rows = tensor.spec.rows
-    row_bytes = rows.shape[1] * rows.dtype.itemsize
-    buffer = bytearray((stop - start) * row_bytes)
-    if not buffer:
-        return torch.empty(stop - start, rows.shape[1], dtype=rows.dtype)
-    read_into(tensor, start * row_bytes, memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=rows.dtype).reshape(stop - start, rows.shape[1])
-
-
-def read_tensor(tensor: StoredTensor) -> Tensor:
-    """The whole tensor in its own shape; a fresh copy."""
-    return read_rows(tensor, 0, tensor.spec.rows.shape[0]).reshape(tensor.spec.shape)
-
-
-def read_into(tensor: StoredTensor, begin: int, buffer: memoryview) -> None:
-    """Fills the buffer with the tensor's bytes from `begin` on; raises as `read_rows` does."""
-    try:
-        with open(tensor.file, "rb", buffering=0) as stream:
-            stream.seek(tensor.offset + begin)
-            while buffer:
-                got = stream.readinto(buffer)
-                if not got:
-                    raise SourceError(_ends_early(tensor))
-                buffer = buffer[got:]
-    except OSError as error:
-        raise SourceError(
-            Problem(f"cannot read tensor {tensor.name!r}", str(tensor.file), got=str(error))
-        ) from error
-
-
-def _ends_early(tensor: StoredTensor) -> Problem:
-    return Problem(
-        f"the file ends inside tensor {tensor.name!r}", str(tensor.file),
-        next_step="download or write this file again",
-    )  # fmt: skip
-
-
-def read_blocks(tensor: StoredTensor, bounds: Iterator[tuple[int, int]]) -> Iterator[Tensor]:
-    for start, stop in bounds:
-        yield read_rows(tensor, start, stop)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises SourceError that names the file when it is missing, huge, or not a JSON mapping."""
-    try:
-        if file.stat().st_size > CONFIG_LIMIT_BYTES:
-            raise SourceError(Problem("a JSON file of that size is not a config", str(file)))
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(Problem("the file is missing", str(file))) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(Problem("cannot read the file as JSON", str(file), got=str(error))) from error
-    if not isinstance(content, dict):
-        raise SourceError(Problem("not a JSON mapping", str(file), got=type(content).__name__))
-    return content
 
 
 def _no_folder(model: str, folder: Path) -> Problem:

@@ -73,9 +73,7 @@ def index_names(component: ComponentPlan) -> list[str]:
 
 
 def _component(plan: ComponentPlan) -> dict[str, Any]:
-    files = {
-        entry.name: name for name, shard in zip(plan.shard_names, plan.shards, strict=True) for entry in shard
-    }
+    files = {entry.name: name for name, shard in zip(plan.shard_names, plan.shards, strict=True) for entry in shard}
     return {
         "library": plan.component.library,
         "class": plan.component.class_name,
@@ -102,7 +100,6 @@ def _entry(plan: ComponentPlan, entry: Entry) -> dict[str, Any]:
         "dtype": CODES[entry.weight.dtype],
         "bits_per_weight": round(entry.bits_per_weight, 4),
         "tensors": {
-            suffix: [names[suffix], CODES[spec.dtype], list(spec.shape)]
-            for suffix, spec in entry.outputs.items()
+            suffix: [names[suffix], CODES[spec.dtype], list(spec.shape)] for suffix, spec in entry.outputs.items()
         },
     }

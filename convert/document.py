@@ -115,9 +115,7 @@ def read_text(path: Path, name: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         what = "is not text in UTF-8"
-        raise RecipeError(
-            Problem(what, f"{name}:{line}", got=f"the byte 0x{content[error.start]:02x}")
-        ) from None
+        raise RecipeError(Problem(what, f"{name}:{line}", got=f"the byte 0x{content[error.start]:02x}")) from None
 
 
 def parse(text: str, name: str) -> Value:
@@ -133,9 +131,7 @@ def parse(text: str, name: str) -> Value:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         character = f"U+{ord(str(error.character)[:1] or ' '):04X}"
-        raise RecipeError(
-            Problem("holds a character that YAML forbids", f"{name}:{line}", character)
-        ) from None
+        raise RecipeError(Problem("holds a character that YAML forbids", f"{name}:{line}", character)) from None
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_yaml_problem(error, name)) from None
     except (ValueError, OverflowError) as error:  # escapes that stand for no character

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitroute.backends.base import CODES
-from bitroute.convert.checkpoint import read_json
+from bitroute.convert.checkpoint import BUILTIN, open_pipeline
 from bitroute.convert.layout import Header, read_header
+from bitroute.convert.reading import read_json
 from bitroute.errors import Problem, SourceError
 
 
@@ -19,18 +22,31 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
         SourceError: there is nothing there that safetensors tools could read.
     """
-    place = Path(path).expanduser()
+    place = _place(str(path))
     if place.is_file():
         header = read_header(place)
         return {"file": str(place), **_contents({place: header}), "tensors": _tensors(header)}
     if not place.is_dir():
-        raise SourceError(Problem("no such file or folder", str(path)))
+        raise SourceError(
+            Problem("no such file or folder", str(path), next_step="give a .safetensors file or a folder")
+        )
     folders = [place, *sorted(folder for folder in place.iterdir() if folder.is_dir())]
     components = {folder.name: _component(folder) for folder in folders if any(folder.glob("*.safetensors"))}
     if not components:
         raise SourceError(Problem("no safetensors file in this folder or right below it", str(path)))
     origin = read_json(place / "bitroute.json") if (place / "bitroute.json").is_file() else None
     return {"folder": str(place), "components": components, "made_by": _origin(origin) if origin else None}
+
+
+def _place(path: str) -> Path:
+    if path.startswith(BUILTIN):
+        return open_pipeline(path).folder
+    try:
+        place = Path(path).expanduser()
+        place.exists()
+        return place
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user
+        raise SourceError(Problem("not a usable path", path[:100], got=str(error)[:200])) from error
 
 
 def _component(folder: Path) -> dict[str, Any]:
@@ -55,7 +71,7 @@ def _contents(headers: Mapping[Path, Header]) -> dict[str, Any]:
         for tensor in header.tensors.values():
             size_bytes[CODES[tensor.spec.dtype]] += tensor.spec.size_bytes
             tensors[CODES[tensor.spec.dtype]] += 1
-            unaligned += tensor.spec.size_bytes % 16 == 0 and tensor.offset % 16 != 0
+            unaligned += tensor.spec.dtype == torch.int8 and tensor.offset % 16 != 0
     return {
         "files": [file.name for file in headers],
         "size_bytes": sum(size_bytes.values()),
@@ -107,6 +123,6 @@ def _contents_lines(contents: Mapping[str, Any]) -> list[str]:
     lines = [f"  {len(contents['files'])} files, {contents['size_bytes'] / 1e6:.2f} MB: {dtypes}"]
     if contents["unaligned_tensors"]:
         lines.append(
-            f"  {contents['unaligned_tensors']} tensors are not 16-byte aligned: int8 kernels may crash on them"
+            f"  {contents['unaligned_tensors']} int8 tensors are not 16-byte aligned: torch kernels may crash on them"
         )
     return lines

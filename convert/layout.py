@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from bitroute.backends.base import CODES, TensorSpec
 from bitroute.errors import Problem, SourceError
 
 ALIGNMENT_BYTES = 64
+MAX_DIMENSIONS = 16
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
@@ -44,6 +46,7 @@ def read_header(file: Path) -> Header:
         SourceError: not a safetensors file, truncated, or a header that contradicts itself.
     """
     try:
+        check_regular(file)
         size_bytes = os.path.getsize(file)
         with open(file, "rb") as stream:
             start = stream.read(8)
@@ -58,9 +61,13 @@ def read_header(file: Path) -> Header:
     return _parse(file, entries, 8 + length, size_bytes)
 
 
-def build_header(
-    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
+def check_regular(file: Path) -> None:
+    """Raises SourceError for a pipe or a device, which would be read for ever; OSError where nothing is there."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise SourceError(Problem("not a regular file", str(file)))
+
+
+def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The bytes before the payloads, and the absolute offset of each tensor.
 
     Payloads whose size is a multiple of 64 stand first, so each starts on a 64-byte boundary; the others follow
@@ -118,7 +125,8 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
         raise _broken(file, f"tensor {name!r}, a name that cannot be printed")
     if dtype is None:
         raise _broken(file, f"tensor {name!r} of dtype {entry['dtype']!r}", expected=", ".join(DTYPES))
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end)):
+    numbers = (*shape, begin, end)
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise _broken(file, f"tensor {name!r} with shape {list(shape)} and offsets {[begin, end]}")
     spec = TensorSpec(shape, dtype)
     if end - begin != spec.size_bytes:

@@ -37,9 +37,7 @@ def _load(request: dict[str, Any]) -> dict[str, Any]:
         lift_gpu_check()
     library = diffusers if request["library"] == "diffusers" else transformers
     model_class = getattr(library, request["class"])
-    model, info = model_class.from_pretrained(
-        request["folder"], dtype=torch.bfloat16, output_loading_info=True
-    )
+    model, info = model_class.from_pretrained(request["folder"], dtype=torch.bfloat16, output_loading_info=True)
     answer: dict[str, Any] = {
         key: sorted(str(name) for name in info.get(key, ()))
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -65,9 +63,7 @@ def _forward(model: Any, probe: dict[str, dict[str, Any]]) -> dict[str, Any]:
     try:
         with torch.inference_mode():
             outputs = model.eval()(**inputs, return_dict=False)
-    except (
-        Exception
-    ) as error:  # a kernel that this device lacks; the caller knows whether that was to be expected
+    except Exception as error:  # a kernel that this device lacks; the caller knows whether that was to be expected
         return {"error": f"{type(error).__name__}: {error}"}
     tensors = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor)]
     return {"finite": all(bool(tensor.isfinite().all()) for tensor in tensors), "outputs": len(tensors)}

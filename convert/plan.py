@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 
 from bitroute import backends
 from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.architecture import Architecture, build
 from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline
 from bitroute.convert.container import Container, choose
+from bitroute.convert.copies import copies
 from bitroute.convert.entry import Entry
 from bitroute.convert.layout import StoredTensor
 from bitroute.convert.profile import find_profile
@@ -88,9 +86,7 @@ class ComponentPlan:
     def specs(self, entries: Sequence[Entry]) -> dict[str, TensorSpec]:
         """Stored tensor name → what the file holds under it."""
         return {
-            name: entry.outputs[suffix]
-            for entry in entries
-            for suffix, name in self.container.names(entry).items()
+            name: entry.outputs[suffix] for entry in entries for suffix, name in self.container.names(entry).items()
         }
 
 
@@ -143,7 +139,7 @@ class Plan:
         return max(WORKSPACE_BYTES + decode, load)
 
 
-def plan(recipe: str, model: str | None = None, out: str | Path | None = None) -> Plan:
+def plan(recipe: str, model: str | None = None) -> Plan:
     """The plan for a recipe (a file or a built-in name) and a model (folder, or the recipe's own).
 
     Raises:
@@ -153,7 +149,7 @@ def plan(recipe: str, model: str | None = None, out: str | Path | None = None) -
     problems = list(file.problems)
     if file.recipe is None:
         raise RecipeError(problems)
-    pipeline = open_or_report(model or file.recipe.model, file, problems)
+    pipeline = open_or_report(file.recipe.model if model is None else model, file, problems)
     components = []
     for name, component_recipe in file.recipe.components.items():
         if name not in pipeline.components:
@@ -161,12 +157,11 @@ def plan(recipe: str, model: str | None = None, out: str | Path | None = None) -
             continue
         planned = _plan_component(pipeline.components[name], component_recipe, file, problems)
         components += [planned] if planned else []
+    copied, found = copies(pipeline, [component.name for component in components])
+    problems += found
     if problems:
         raise RecipeError(problems)
-    result = Plan(file, pipeline, tuple(components), _copied(pipeline, [c.name for c in components]))
-    if out is not None:
-        check_room(result, Path(out))
-    return result
+    return Plan(file, pipeline, tuple(components), copied)
 
 
 def open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Problem]) -> Pipeline:
@@ -182,29 +177,6 @@ def open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Probl
         return open_pipeline(model)
     except SourceError as error:
         raise RecipeError([*problems, *error.problems]) from error
-
-
-def check_room(plan: Plan, out: Path, freed_bytes: int = 0) -> None:
-    """Raises RecipeError where the disk that holds `out` has less room than the plan writes.
-
-    freed_bytes: what the job removes before it writes.
-    """
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise RecipeError(
-            Problem("the output folder cannot be written", str(out), got=f"{folder} is not writable")
-        )
-    free = shutil.disk_usage(folder).free + freed_bytes
-    needed = plan.size_bytes + WORKSPACE_BYTES // 16
-    if free < needed:
-        raise RecipeError(
-            Problem(
-                "the disk is too full for this job", str(out), got=f"{free / 1e9:.2f} GB free",
-                expected=f"{needed / 1e9:.2f} GB", next_step="free some room, or give --out on another disk",
-            )
-        )  # fmt: skip
 
 
 def _plan_component(
@@ -229,10 +201,10 @@ def _plan_component(
     problems += found
     if found or not set(architecture.linear) <= set(routes):
         return None
-    entries, notes, found = _entries(
-        architecture, routes, chosen, profile.roles_of(names) if profile else {}, where
-    )
+    entries, notes, found = _entries(architecture, routes, chosen, profile.roles_of(names) if profile else {}, where)
     problems += found
+    if quantizes(recipe) and not found and not any(entry.quantized for entry in entries):
+        problems.append(_takes_nothing(component, where))
     container, reason = choose(entries, component.library, recipe.container)
     if reason and recipe.container == "native":
         problems.append(_not_native(component, reason, where))
@@ -241,9 +213,7 @@ def _plan_component(
     return ComponentPlan(component, container, tuple(entries), tuple(notes))
 
 
-def _create_backends(
-    routes: Mapping[str, Route], where: Where
-) -> tuple[dict[Choice, Backend], list[Problem]]:
+def _create_backends(routes: Mapping[str, Route], where: Where) -> tuple[dict[Choice, Backend], list[Problem]]:
     """One backend per place in the recipe; a bad option is reported once, with its line."""
     chosen: dict[Choice, Backend] = {}
     problems: list[Problem] = []
@@ -317,6 +287,14 @@ def quantizes(recipe: ComponentRecipe) -> bool:
     return recipe.backend != "keep" or any(rule.backend != "keep" for rule in recipe.rules)
 
 
+def _takes_nothing(component: Component, where: Where) -> Problem:
+    return Problem(
+        f"the recipe quantizes no layer of {component.name!r}", where(("components", component.name)),
+        got="no linear layer that is not kept", expected="convolutions and embeddings are not quantized",
+        next_step="leave the component out: it is then copied untouched",
+    )  # fmt: skip
+
+
 def _no_profile(component: Component, where: Where) -> Problem:
     return Problem(
         f"no profile is known for {component.class_name}, so nothing says which layers must stay precise",
@@ -331,21 +309,3 @@ def _not_native(component: Component, reason: str, where: Where) -> Problem:
         where(("components", component.name, "container")), got=reason,
         next_step="change the rules, or say `container: bitroute` (loading then needs `import bitroute`)",
     )  # fmt: skip
-
-
-def _copied(pipeline: Pipeline, quantized: Sequence[str]) -> dict[str, int]:
-    """Files that go along untouched: parts that the recipe does not name, and licences beside the index."""
-    files = [
-        f for part in pipeline.parts if part not in quantized for f in (pipeline.folder / part).rglob("*")
-    ]
-    files += [
-        f for f in pipeline.folder.iterdir() if f.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-    ]
-    weights = (".safetensors", ".bin", ".index.json", ".msgpack", ".h5", ".ckpt", ".pt", ".onnx")
-    for part in quantized:
-        files += [
-            f
-            for f in (pipeline.folder / part).iterdir()
-            if f.name != "config.json" and not f.name.endswith(weights)
-        ]
-    return {f.relative_to(pipeline.folder).as_posix(): f.stat().st_size for f in sorted(files) if f.is_file()}

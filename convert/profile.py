@@ -83,9 +83,7 @@ class Profile(_Strict):
         Raises:
             RecipeError: the config lacks a size that the profile names.
         """
-        wanted = {
-            name: given for name, given in self.inputs.items() if not given.when or config.get(given.when)
-        }
+        wanted = {name: given for name, given in self.inputs.items() if not given.when or config.get(given.when)}
         return {name: self._probe_input(given, config) for name, given in wanted.items()}
 
     @cached_property

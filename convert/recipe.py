@@ -51,9 +51,7 @@ BackendName = Annotated[str, AfterValidator(_known_backend)]
 Otherwise = Literal["refuse", "keep"]
 _BACKEND = "The format of the weights; `quantize backends` lists them."
 _OPTIONS = "Options of that backend; `quantize backends NAME` lists them."
-_OTHERWISE = (
-    "What happens to a layer whose shape the backend cannot hold: `refuse` the plan, or `keep` the layer."
-)
+_OTHERWISE = "What happens to a layer whose shape the backend cannot hold: `refuse` the plan, or `keep` the layer."
 
 
 class _Strict(BaseModel):
@@ -98,9 +96,7 @@ class ComponentRecipe(_Strict):
         description="The layers that no rule touches: what the `profile` of the model class keeps, a list of "
         "patterns in its place, or `none`.",
     )
-    rules: list[Rule] = Field(
-        [], description="Tried from the top for every layer; the first that matches wins."
-    )
+    rules: list[Rule] = Field([], description="Tried from the top for every layer; the first that matches wins.")
     container: Literal["auto", "native", "bitroute"] = Field(
         "auto",
         description="How the component is stored: `native` loads in plain diffusers, `bitroute` holds any "
@@ -178,9 +174,7 @@ def copy_recipe(name: str, target: Path | None = None) -> Path:
         with open(place, "x", encoding="utf-8") as stream:
             stream.write(found[0].read_text(encoding="utf-8"))
     except FileExistsError:
-        raise RecipeError(
-            Problem("the file exists already", str(place), next_step="give another name")
-        ) from None
+        raise RecipeError(Problem("the file exists already", str(place), next_step="give another name")) from None
     except OSError as error:
         raise RecipeError(Problem("cannot write the recipe", str(place), got=error.strerror or "")) from error
     return place
@@ -283,9 +277,7 @@ def _problem(detail: ErrorDetails, document: Value) -> Problem:
     got = _shown(detail["input"])
     if kind == "extra_forbidden":
         known = _known_keys(loc)
-        return Problem(
-            f"unknown key {key!r}", where, "", "one of " + ", ".join(known), did_you_mean(key, known)
-        )
+        return Problem(f"unknown key {key!r}", where, "", "one of " + ", ".join(known), did_you_mean(key, known))
     if kind == "missing":
         return Problem(f"{key!r} is missing", where, expected=_description(loc))
     if kind == "bitroute":
@@ -294,9 +286,7 @@ def _problem(detail: ErrorDetails, document: Value) -> Problem:
     what = f"item {key} of {loc[-2]!r} is not valid" if isinstance(loc[-1], int) else f"{key!r} is not valid"
     if kind == "literal_error":
         choices = re.findall(r"'([^']+)'", context["expected"])
-        return Problem(
-            what, where, got, "one of " + ", ".join(choices), did_you_mean(str(detail["input"]), choices)
-        )
+        return Problem(what, where, got, "one of " + ", ".join(choices), did_you_mean(str(detail["input"]), choices))
     quote = kind == "string_type" and isinstance(detail["input"], int | float)
     return Problem(what, where, got, expected, "put it in quotes" if quote else "")
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from bitroute import backends
 from bitroute.backends.base import Backend, TensorSpec
-from bitroute.convert.checkpoint import STEMS, Component, read_json
+from bitroute.convert.checkpoint import STEMS, Component
 from bitroute.convert.layout import DTYPES
+from bitroute.convert.reading import read_json
 from bitroute.errors import Problem, SourceError
 
 
@@ -32,6 +33,8 @@ class RecordedEntry:
         }
         backend = backends.create(entry["backend"], **entry["options"])
         weight = TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        if tensors.keys() != backend.outputs(weight).keys():
+            raise ValueError(f"tensors {sorted(tensors)} of a {backend.name} layer")
         return cls(entry["name"], entry["layer"], backend, weight, tensors)
 
     @property
@@ -70,7 +73,13 @@ class Record:
     model: str  # the source, as the user wrote it
     components: list[RecordedComponent]
     copied: dict[str, int]  # file → bytes
-    written: list[str]  # every other file
+    files: list[str]  # every file but the record itself
+    hashes: dict[str, str]  # file → SHA-256 in hexadecimal
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the components' tensors."""
+        return sum(component.size_bytes for component in self.components)
 
 
 def read_record(folder: Path) -> Record:
@@ -85,8 +94,9 @@ def read_record(folder: Path) -> Record:
         plan = content["plan"]
         components = [RecordedComponent.parse(folder, *item) for item in plan["components"].items()]
         copied = {str(name): int(size_bytes) for name, size_bytes in plan["copied"].items()}
-        written = [str(name) for name in content["files"] if name not in copied]
-        return Record(str(content["source"]["model"]), components, copied, written)
+        files = [str(name) for name in content["files"] if name != "bitroute.json"]
+        hashes = {str(name): str(digest) for name, digest in content["sha256"].items()}
+        return Record(str(content["source"]["model"]), components, copied, files, hashes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(
             Problem(

@@ -75,9 +75,7 @@ class Pattern:
         """Raises RecipeError without a place: the caller knows where the pattern stands."""
         if len(text) > MAX_PATTERN_LENGTH:
             expected = f"at most {MAX_PATTERN_LENGTH} characters"
-            raise RecipeError(
-                Problem("a pattern is too long", got=f"{len(text)} characters", expected=expected)
-            )
+            raise RecipeError(Problem("a pattern is too long", got=f"{len(text)} characters", expected=expected))
         if text.startswith("re:"):
             return cls(text, (_regex(text.removeprefix("re:")),))
         ranges = tuple(_block_range(text, found) for found in _RANGE.finditer(text))
@@ -113,11 +111,7 @@ class Layers:
                 self.block_counts[prefix] = max(self.block_counts.get(prefix, 0), count)
 
     def matching(self, pattern: Pattern) -> list[str]:
-        return [
-            name
-            for name in self.names
-            if any(self._in_ranges(pattern, at) for at in pattern.placements(name))
-        ]
+        return [name for name in self.names if any(self._in_ranges(pattern, at) for at in pattern.placements(name))]
 
     def outside(self, pattern: Pattern) -> str:
         """Which range reaches past every stack of blocks it could mean, in words; empty if none does."""
@@ -251,7 +245,6 @@ class _Router:
         what = f"{_said(rule)} can never win: {' and '.join(earlier)} already {take} what it matches"
         return Problem(what, self.where(source), got=_some(eligible), next_step=mend)
 
-
     def _keep_without(self, wanted: Sequence[str]) -> str:
         """The `keep` list that leaves these layers to the rules; layers that are not linear need no mention."""
         kept = [name for name, taken in self.routes.items() if taken.label.startswith("keep") and name in self.linear]
@@ -276,9 +269,7 @@ def _nearest(text: str, component: str, layers: Layers) -> str:
         fits = not text.startswith("re:") and len(attempt) <= MAX_PATTERN_LENGTH
         names = layers.matching(Pattern.parse(attempt)) if fits else []
         if names:
-            return (
-                f"a pattern is the whole name of a layer: {attempt!r} matches {len(names)} ({_some(names)})"
-            )
+            return f"a pattern is the whole name of a layer: {attempt!r} matches {len(names)} ({_some(names)})"
     shapes = list(dict.fromkeys(_DIGITS.sub("*", name) for name in layers.names))
     near = get_close_matches(_RANGE.sub("*", text.removeprefix("re:")), shapes, n=3, cutoff=0.5)
     return "near names: " + ", ".join(near) if near else "`quantize inspect` lists the layers of a model"

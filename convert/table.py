@@ -74,14 +74,14 @@ def verification_text(found: Verification) -> str:
         lines.append(f"worst layers of {len(found.layers)} by SQNR (decoded weight against the source):")
         lines += [f"  {w.sqnr_db:7.1f} dB  {w.backend:<14} {w.component}.{w.layer}" for w in found.worst[:5]]
     lines += [str(problem) for problem in found.problems]
-    verdict = f"{len(found.problems)} problems found" if found.problems else "verified"
-    return "\n".join([*lines, f"{verdict}: {found.folder}"])
+    return "\n".join([*lines, f"{found.verdict}: {found.folder}"])
 
 
 def verification_json(found: Verification) -> dict[str, Any]:
     return {
         "folder": str(found.folder),
-        "verified": not found.problems,
+        "verified": found.verified,
+        "compared": found.compared,
         "problems": [vars(problem) for problem in found.problems],
         "notes": found.notes,
         "components": found.components,
@@ -105,7 +105,8 @@ def result_text(plan: Plan, out: Path) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("{out}", dtype=torch.bfloat16)',
     ]
     wrote = f"wrote {out}: {size(plan.source_bytes)} → {size(plan.size_bytes)}"
-    return "\n".join([wrote, "load it:", *(f"    {line}" for line in snippet)])
+    needs = f"pip install {' '.join(plan.packages)}"
+    return "\n".join([wrote, f"to load it: {needs}", *plan.devices, *(f"    {line}" for line in snippet)])
 
 
 def size(size_bytes: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from io import FileIO
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitroute.backends.base import TensorSpec
+from bitroute.convert.files import create
 from bitroute.convert.layout import build_header
 from bitroute.errors import JobError, Problem
 
@@ -32,7 +32,7 @@ class ShardWriter:
         self.partial = file.with_name(file.name + ".part")
         header, self._cursors = build_header(specs, metadata)
         self._ends = {name: self._cursors[name] + spec.size_bytes for name, spec in specs.items()}
-        self._file = FileIO(self.partial, "wb")
+        self._file = create(self.partial)
         self._turn = Lock()
         self._write(memoryview(header), 0)
 

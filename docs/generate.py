@@ -52,7 +52,8 @@ def recipes_page() -> str:
 
 
 def _helps(found: click.Command, path: str) -> Iterator[tuple[str, str]]:
-    context = click.Context(found, info_name=path, max_content_width=100, terminal_width=100)
+    settings = {**found.context_settings, "max_content_width": 100, "terminal_width": 100}
+    context = click.Context(found, info_name=path, **settings)
     yield path, found.get_help(context)
     if isinstance(found, click.Group):
         for name in sorted(found.commands):
@@ -74,9 +75,7 @@ def _default(value: object) -> str:
 
 def _backend(name: str, backend: type[Backend]) -> str:
     made = backends.create(name)
-    options = [
-        f"- `{option}`: {words.replace('|', '·')}" for option, words in option_choices(backend).items()
-    ]
+    options = [f"- `{option}`: {words.replace('|', '·')}" for option, words in option_choices(backend).items()]
     facts = f"{bits_per_weight(made):.3f} bits per weight (3072×3072) · container {container_words(made)}"
     return "\n".join([f"### {name}\n", facts + "\n", documentation(backend) + "\n", *options, ""])
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitroute.convert.checkpoint import open_pipeline, read_json
+from bitroute.convert.checkpoint import open_pipeline
 from bitroute.convert.describe import LIBRARIES
+from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem
 from bitroute.eval.gate import Limit
 from bitroute.eval.generate import draw_apart
@@ -107,9 +108,7 @@ def _names(quantized: Sequence[str]) -> dict[str, str]:
     paths = [Path(model.removeprefix("builtin:")) for model in quantized]
     short = [path.resolve().name for path in paths]
     longer = [f"{path.resolve().parent.name}/{path.resolve().name}" for path in paths]
-    return {
-        longer[i] if short.count(short[i]) > 1 else short[i]: model for i, model in enumerate(quantized)
-    }
+    return {longer[i] if short.count(short[i]) > 1 else short[i]: model for i, model in enumerate(quantized)}
 
 
 def _draw(

@@ -104,9 +104,7 @@ def _filter(plane: Tensor, along_x: Tensor, along_y: Tensor) -> Tensor:
 def _hunt_lab(linear: Tensor) -> Tensor:
     """CIELAB with a* and b* scaled by lightness: colours of dark places differ less (Hunt)."""
     relative, delta = _relative_xyz(linear), 6 / 29
-    x, y, z = torch.where(
-        relative > delta**3, relative.clamp(min=0) ** (1 / 3), relative / (3 * delta**2) + 4 / 29
-    )
+    x, y, z = torch.where(relative > delta**3, relative.clamp(min=0) ** (1 / 3), relative / (3 * delta**2) + 4 / 29)
     lightness = 116 * y - 16
     return torch.stack([lightness, 5 * lightness * (x - y), 2 * lightness * (y - z)])
 
@@ -119,9 +117,7 @@ def _hyab(first: Tensor, second: Tensor) -> Tensor:
 
 def _color_difference(first: Tensor, second: Tensor) -> Tensor:
     """HyAB distances [H, W] compressed to 0 … 1; green against blue is the largest."""
-    green, blue = (
-        _hunt_lab(torch.tensor(c, dtype=torch.float64).reshape(3, 1, 1)) for c in ((0, 1, 0), (0, 0, 1))
-    )
+    green, blue = (_hunt_lab(torch.tensor(c, dtype=torch.float64).reshape(3, 1, 1)) for c in ((0, 1, 0), (0, 0, 1)))
     largest = float(_hyab(green, blue)) ** COLOR_POWER
     distance, knee = _hyab(first, second) ** COLOR_POWER, COLOR_SHARE * largest
     above = COLOR_KNEE + (distance - knee) / (largest - knee) * (1 - COLOR_KNEE)
@@ -136,9 +132,7 @@ def _feature_difference(first: Tensor, second: Tensor) -> Tensor:
     gaussian = torch.exp(-x.square() / (2 * deviation**2))
     differences = []
     for detector in (-x * gaussian, (x.square() / deviation**2 - 1) * gaussian):
-        one, other = (
-            _strength(plane, _balanced(detector), gaussian / gaussian.sum()) for plane in (first, second)
-        )
+        one, other = (_strength(plane, _balanced(detector), gaussian / gaussian.sum()) for plane in (first, second))
         differences.append((one - other).abs())
     return (torch.maximum(*differences) / math.sqrt(2)) ** FEATURE_POWER
 

@@ -47,13 +47,17 @@ def parse_gate(gate: str | Mapping[str, float] | None) -> list[Limit]:
 
 def _problem(text: str, found: re.Match[str] | None) -> Problem | None:
     if found is None:
-        return Problem("not a limit", "gate", got=repr(text), expected="METRIC<NUMBER or METRIC>NUMBER, such as lpips<0.1")
+        return Problem(
+            "not a limit", "gate", got=repr(text), expected="METRIC<NUMBER or METRIC>NUMBER, such as lpips<0.1"
+        )
     metric, side, number = found.groups()
     if metric not in METRICS:
         return Problem(f"unknown metric {metric!r}", "gate", expected=f"one of {', '.join(METRICS)}",
                        next_step=did_you_mean(metric, METRICS))  # fmt: skip
     if side != METRICS[metric]:
-        return Problem(f"the limit {text.strip()!r} points the wrong way", "gate", expected=f"{metric}{METRICS[metric]}{number}")
+        return Problem(
+            f"the limit {text.strip()!r} points the wrong way", "gate", expected=f"{metric}{METRICS[metric]}{number}"
+        )
     try:
         float(number)
     except ValueError:

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bitroute  # noqa: F401  registers the loader of bitroute's own container
-from bitroute.convert.checkpoint import open_pipeline, read_json
+from bitroute.convert.checkpoint import open_pipeline
 from bitroute.convert.loading import lift_gpu_check
 from bitroute.convert.noise import quiet
+from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem
 from bitroute.eval.sampling import Sample, Sampling
 

@@ -91,9 +91,7 @@ def summarize(
     )
 
 
-def summarize_psnr(
-    scores_db: Sequence[float], prompts: Sequence[int] | None = None, *, worst: int = 5
-) -> PsnrSummary:
+def summarize_psnr(scores_db: Sequence[float], prompts: Sequence[int] | None = None, *, worst: int = 5) -> PsnrSummary:
     """Of PSNR against a peak of 255; raises as `summarize` does."""
     values, clusters = _checked(scores_db, prompts)
     mse = _mean(255**2 * 10 ** (-values / 10), clusters)
@@ -104,9 +102,7 @@ def summarize_psnr(
     )
 
 
-def compare(
-    first: Sequence[float], second: Sequence[float], prompts: Sequence[int] | None = None
-) -> Difference:
+def compare(first: Sequence[float], second: Sequence[float], prompts: Sequence[int] | None = None) -> Difference:
     """Two candidates' scores of the same samples in the same order; two infinite scores differ by 0.
 
     Raises:
@@ -116,9 +112,7 @@ def compare(
     other, _ = _checked(second, prompts)
     if len(one) != len(other):
         got = f"{len(one)} and {len(other)} scores"
-        raise JobError(
-            Problem("the candidates cannot be paired", got=got, expected="scores of the same samples")
-        )
+        raise JobError(Problem("the candidates cannot be paired", got=got, expected="scores of the same samples"))
     differences = torch.where(one == other, 0.0, one - other)
     usable = differences.isfinite()
     if not usable.any():
@@ -136,22 +130,16 @@ def compare(
 def _checked(scores: Sequence[float], prompts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """Scores in float64 and their prompts, [n] each."""
     values = torch.tensor(list(scores), dtype=torch.float64)
-    clusters = (
-        torch.arange(len(values)) if prompts is None else torch.tensor(list(prompts), dtype=torch.int64)
-    )
+    clusters = torch.arange(len(values)) if prompts is None else torch.tensor(list(prompts), dtype=torch.int64)
     if not len(values):
         raise JobError(Problem("no scores to summarize", expected="at least one"))
     if len(values) != len(clusters):
         got = f"{len(values)} scores, {len(clusters)} prompts"
-        raise JobError(
-            Problem("the scores' prompts are not known", got=got, expected="one prompt for each score")
-        )
+        raise JobError(Problem("the scores' prompts are not known", got=got, expected="one prompt for each score"))
     bad = (values.isnan() | values.isneginf()).nonzero().flatten().tolist()
     if bad:
         where = f"score {bad[0]}"
-        raise JobError(
-            Problem("not a score", where, got=str(float(values[bad[0]])), expected="a number or inf")
-        )
+        raise JobError(Problem("not a score", where, got=str(float(values[bad[0]])), expected="a number or inf"))
     return values, clusters
 
 

@@ -17,7 +17,15 @@ from PIL import Image
 
 from bitroute.convert.table import size
 from bitroute.eval.pictures import (
-    LOSSLESS_PX, WEBP_QUALITY, Difference, Picture, amplification, difference_map, distances, embed, open_picture,
+    LOSSLESS_PX,
+    WEBP_QUALITY,
+    Difference,
+    Picture,
+    amplification,
+    difference_map,
+    distances,
+    embed,
+    open_picture,
 )  # fmt: skip
 from bitroute.eval.plots import Line, Spot, Strip, lines, scatter, strips
 from bitroute.eval.scores import HIGHER_IS_BETTER
@@ -113,7 +121,7 @@ def render(content: Mapping[str, Any], folder: Path) -> str:
         cell=lambda scores, metric: cell(scores[metric], digits[metric]),
         score=lambda sample, metric: _fixed(sample[metric], digits[metric]),
         marks=MARKS, titles=TITLES, explanations=EXPLANATIONS, higher_is_better=HIGHER_IS_BETTER,
-        plots=list(_plots(content)), worst_layers=WORST_LAYERS, quality=WEBP_QUALITY, lossless_px=LOSSLESS_PX,
+        plots=list(_plots(content)), worst_layers=WORST_LAYERS, highest_error=_highest_error(content), quality=WEBP_QUALITY, lossless_px=LOSSLESS_PX,
     )  # fmt: skip
 
 
@@ -157,7 +165,9 @@ def _gallery(candidate: Mapping[str, Any], originals: Originals, root: Path) -> 
     if not candidate["pictures"]:
         return Gallery([], [], 1)
     samples = sorted(candidate["samples"], key=lambda sample: sample["lpips"], reverse=True)
-    images = {sample["picture"]: open_picture(root, f"{candidate['pictures']}/{sample['picture']}") for sample in samples}
+    images = {
+        sample["picture"]: open_picture(root, f"{candidate['pictures']}/{sample['picture']}") for sample in samples
+    }
     full = samples if len(samples) <= WORST + BEST else [*samples[:WORST], *samples[-BEST:]]
     names = [sample["picture"] for sample in full]
     maps = {name: distances(originals.image(name), images[name]) for name in names}
@@ -187,14 +197,16 @@ def _plots(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Markup]]:
     yield from (plot for plot in found if plot[2])
 
 
-def _distributions(content: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, Markup]]:
-    how = "A dot is a sample, a bar the mean with its 95 % interval; dashed lines are the noise floor."
+def _distributions(
+    content: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str, Markup]]:
+    how = "Better is to the {}. A dot is a sample, a bar the mean with its 95 % interval; dashed lines are the noise floor."
     for metric, perfect, better in (("lpips", "0", "left"), ("psnr", "identical", "right")):
         rows = [_strip(f"noise floor: {what}", scores[metric], metric, []) for what, scores in content["floor"].items()]
         rows += [_strip(c["name"], c["scores"][metric], metric, c["samples"]) for c in scored]
         heading = f"{TITLES[metric]} of each sample{', log scale' if metric == 'lpips' else ', dB'}"
         plot = strips(rows, f"{heading}, for the noise floor and each candidate", perfect, log=metric == "lpips")
-        yield f"{heading} (better: {better})", how, plot
+        yield heading, how.format(better), plot
 
 
 def _strip(name: str, summary: Mapping[str, Any], metric: str, samples: Iterable[Mapping[str, Any]]) -> Strip:
@@ -224,7 +236,12 @@ def _size_plot(content: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]) 
 def _trajectory_plot(scored: Sequence[Mapping[str, Any]]) -> tuple[str, str, Markup]:
     series = [_trajectory(c["name"], c["trajectory"]["timesteps"]) for c in scored if c.get("trajectory")]
     how = "Relative error of the denoiser's output when each step starts from the original's latents; lower is better."
-    return "Error per denoising step", how, lines(series, "Relative error per denoising step", "step") if series else Markup("")
+    return "Error per denoising step", how, lines(series, "Relative error per denoising step") if series else Markup("")
+
+
+def _highest_error(content: Mapping[str, Any]) -> float:
+    """Of any candidate's layers, so that their bars have one scale."""
+    return max((x["relative_error"] for c in content["candidates"] for x in c.get("layers") or []), default=0) or 1
 
 
 def _trajectory(name: str, steps: Sequence[Mapping[str, Any]]) -> Line:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageChops
@@ -54,7 +55,9 @@ def open_picture(root: Path, name: str) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        problem = Problem("a picture of the report cannot be read", str(file), got=str(error), next_step="evaluate again")
+        problem = Problem(
+            "a picture of the report cannot be read", str(file), got=str(error), next_step="evaluate again"
+        )
         raise JobError(problem) from error
 
 
@@ -79,12 +82,11 @@ def distances(first: Image.Image, second: Image.Image) -> Image.Image:
 def amplification(maps: Sequence[Image.Image]) -> int:
     """The largest power of two, at most 128, that keeps nearly all differences of these maps below 255; 1 for none."""
     counts = [sum(column) for column in zip(*(image.histogram() for image in maps), strict=True)]
-    total, seen = sum(counts), 0
-    for level, count in enumerate(counts):
-        seen += count
-        if seen >= BRIGHT * total:
-            return 1 if level > 127 else min(128, 1 << ((255 // max(level, 1)).bit_length() - 1))
-    return 1
+    if not any(counts[1:]):
+        return 1
+    below = list(accumulate(counts))
+    level = next(level for level, seen in enumerate(below) if seen >= BRIGHT * below[-1])
+    return min(128, 1 << ((255 // max(level, 1)).bit_length() - 1))
 
 
 def difference_map(map_: Image.Image, factor: int) -> Difference:

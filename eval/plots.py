@@ -146,7 +146,7 @@ def scatter(spots: Sequence[Spot], label: str, unit: str, floor: float | None) -
     return _svg(bottom + 22, label, parts)
 
 
-def lines(series: Sequence[Line], label: str, unit: str) -> Markup:
+def lines(series: Sequence[Line], label: str) -> Markup:
     """One line for each candidate, named at its end; logarithmic where the values span more than a decade."""
     values = [y for line in series for _, y in line.points]
     if not values:
@@ -157,7 +157,7 @@ def lines(series: Sequence[Line], label: str, unit: str) -> Markup:
     y_axis = Axis.around(values, bottom - 4, 14, log) if log else Axis(0, max(values) * 1.05 or 1, bottom - 4, 14)
     steps = [x for line in series for x, _ in line.points]
     x_axis = Axis(min(steps), max(max(steps), min(steps) + 1), 44, right)
-    parts = [_x_axis(x_axis, bottom, unit), _y_axis(y_axis, right)]
+    parts = [_x_axis(x_axis, bottom), _y_axis(y_axis, right)]
     ends = _apart([y_axis.place(line.points[-1][1]) for line in series], 13)
     for index, (line, end) in enumerate(zip(series, ends, strict=True)):
         parts.append(_line(line, x_axis, y_axis, index))

@@ -96,9 +96,7 @@ def _candidate(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
         "closeness": candidate.closeness,
         "tripwires": list(candidate.tripwires),
         "size_bytes": folder_bytes(candidate.model),
-        "bits_per_weight": {
-            name: round(8 * part["size_bytes"] / part["parameters"], 3) for name, part in plan.items()
-        },
+        "bits_per_weight": {name: round(8 * part["size_bytes"] / part["parameters"], 3) for name, part in plan.items()},
         "recipe": origin.get("recipe"),
         "measured": dict(candidate.run.measured) if candidate.run else {},
         "pictures": f"pictures/{_folder_name(candidate)}" if candidate.run else "",

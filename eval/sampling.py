@@ -94,4 +94,7 @@ def read_prompts(name_or_file: str) -> tuple[str, ...]:
 def _identity(folder: Path) -> list[Any]:
     """Names, sizes and change times: hashing 24 GB would take longer than drawing the pictures."""
     found = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [str(folder.resolve()), *([str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in found)]
+    return [
+        str(folder.resolve()),
+        *([str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in found),
+    ]

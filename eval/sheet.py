@@ -16,8 +16,9 @@ from typing import Any
 import click
 from PIL import Image, ImageDraw, ImageFont
 
-from bitroute.convert.checkpoint import open_pipeline, read_json
+from bitroute.convert.checkpoint import open_pipeline
 from bitroute.convert.noise import quiet
+from bitroute.convert.reading import read_json
 from bitroute.convert.table import size
 from bitroute.errors import BitrouteError
 from bitroute.eval.generate import draw_apart
@@ -80,9 +81,7 @@ def main(
 def _draw(model: str, sampling: Sampling) -> list[Image.Image]:
     with TemporaryDirectory() as folder:
         draw_apart(open_pipeline(model).folder, sampling, Path(folder))
-        return [
-            Image.open(Path(folder) / f"{sample.stem}.png").convert("RGB") for sample in sampling.samples()
-        ]
+        return [Image.open(Path(folder) / f"{sample.stem}.png").convert("RGB") for sample in sampling.samples()]
 
 
 def _closeness(original: Image.Image, other: Image.Image) -> str:

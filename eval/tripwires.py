@@ -65,5 +65,3 @@ def _same_files(first: Path, second: Path) -> bool:
 
 def _named(stems: Sequence[str]) -> str:
     return f"{', '.join(stems[:3])}{f' and {len(stems) - 3} more' if len(stems) > 3 else ''} (prompt-seed)"
-
-

@@ -124,9 +124,7 @@ def test_a_job_prints_its_plan_and_how_to_load_the_result(here: Path) -> None:
     assert run("--recipe", "tiny-flux-fp8", "--no-verify", "--overwrite").exit_code == 0
 
 
-def test_a_job_verifies_itself_and_prints_json_alone_on_stdout(
-    here: Path, write_recipe: Callable[[str], str]
-) -> None:
+def test_a_job_verifies_itself_and_prints_json_alone_on_stdout(here: Path, write_recipe: Callable[[str], str]) -> None:
     file = write_recipe("model: builtin:tiny-flux\ncomponents:\n  text_encoder_2: {backend: int8}\n")
     done = run("--recipe", file, "--out", "out", "--json")
     assert done.exit_code == 0

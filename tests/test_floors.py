@@ -42,9 +42,7 @@ def imports(file: Path) -> Iterator[tuple[int, str, int]]:
             yield from ((node.lineno, alias.name, 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names = (
-                [f"{node.module}.{alias.name}" for alias in node.names]
-                if node.module == "bitroute"
-                else [node.module]
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "bitroute" else [node.module]
             )
             yield from ((node.lineno, name or "", node.level) for name in names)
 
@@ -108,9 +106,7 @@ def test_every_package_folder_is_listed_for_the_wheel() -> None:
 def test_files_and_functions_stay_short(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) < LONGEST_FILE
-    functions = [
-        node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 

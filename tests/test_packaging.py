@@ -57,9 +57,7 @@ def test_every_recipe_profile_and_other_data_file_is_in_the_wheel(wheel: zipfile
 def test_the_wheel_brings_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top.partition("-")[0] for top in tops} == {"bitroute"}
-    folders = {
-        name.split("/")[1] for name in wheel.namelist() if name.startswith("bitroute/") and name.count("/") > 1
-    }
+    folders = {name.split("/")[1] for name in wheel.namelist() if name.startswith("bitroute/") and name.count("/") > 1}
     assert folders & LEFT_OUT == set()
 
 

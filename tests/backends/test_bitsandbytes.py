@@ -94,9 +94,7 @@ def test_bitsandbytes_reads_the_padded_quant_state(name: str, double_quant: bool
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_bitsandbytes_layer_has_the_same_tensors_under_the_same_names(double_quant: bool) -> None:
     weight = weight_of("gaussian", torch.bfloat16)
-    layer = bnb.nn.Linear4bit(
-        SHAPE[1], SHAPE[0], bias=False, quant_type="nf4", compress_statistics=double_quant
-    )
+    layer = bnb.nn.Linear4bit(SHAPE[1], SHAPE[0], bias=False, quant_type="nf4", compress_statistics=double_quant)
     layer.weight.data = weight
     expected = layer.to("cpu").state_dict()
     backend = create("nf4", double_quant=double_quant)

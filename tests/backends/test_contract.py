@@ -104,9 +104,7 @@ def test_a_shape_is_stored_as_planned_or_refused_by_name(
     if sentence is not None:
         named = [*map(str, shape), *(["one"] if 1 in shape else [])]
         assert shape != SHAPE
-        assert any(number in sentence.split() or f"{number}," in sentence.split() for number in named), (
-            sentence
-        )
+        assert any(number in sentence.split() or f"{number}," in sentence.split() for number in named), sentence
         return
     planned, stored = backend.outputs(spec_of(weight)), backend.quantize(weight)
     assert {suffix: spec_of(tensor) for suffix, tensor in stored.items()} == planned
@@ -171,20 +169,14 @@ def test_harsh_weights_stay_finite(backend: Backend, kind: str, dtype: torch.dty
 
 @every_backend
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_gaussian_weight_decodes_well_above_the_backends_floor(
-    backend: Backend, dtype: torch.dtype
-) -> None:
+def test_a_gaussian_weight_decodes_well_above_the_backends_floor(backend: Backend, dtype: torch.dtype) -> None:
     error = error_percent(backend, gaussian(dtype=dtype)) / 100
     assert -20 * math.log10(max(error, 1e-9)) > backend.lowest_sqnr_db + 2
 
 
-@pytest.mark.parametrize(
-    "backend", [backend for backend in BACKENDS if label(backend) in ERROR_PERCENT], ids=label
-)
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if label(backend) in ERROR_PERCENT], ids=label)
 def test_the_error_on_gaussian_weights_is_the_measured_one(backend: Backend) -> None:
-    assert error_percent(backend, gaussian((64, 3072))) == pytest.approx(
-        ERROR_PERCENT[label(backend)], rel=0.03
-    )
+    assert error_percent(backend, gaussian((64, 3072))) == pytest.approx(ERROR_PERCENT[label(backend)], rel=0.03)
 
 
 @every_backend

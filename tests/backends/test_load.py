@@ -73,8 +73,7 @@ def store(weights: Mapping[str, Tensor], backends: Mapping[str, Backend]) -> dic
 
 def manifest(backends: Mapping[str, Backend]) -> dict[str, Any]:
     groups = [
-        {"backend": backend.name, "options": backend.options, "layers": [name]}
-        for name, backend in backends.items()
+        {"backend": backend.name, "options": backend.options, "layers": [name]} for name, backend in backends.items()
     ]
     return {
         "quant_method": "bitroute",
@@ -207,9 +206,7 @@ def test_a_model_without_a_wished_dtype_gets_the_compute_dtype(written: Written)
 
 
 @pytest.mark.parametrize("shard_size", ["20KB", "10GB"])
-def test_a_saved_model_is_the_checkpoint_it_came_from(
-    written: Written, shard_size: str, tmp_path: Path
-) -> None:
+def test_a_saved_model_is_the_checkpoint_it_came_from(written: Written, shard_size: str, tmp_path: Path) -> None:
     model = written.load()
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
@@ -241,9 +238,7 @@ def test_a_text_encoder_can_be_dequantized_to_another_dtype(tmp_path: Path) -> N
 
 
 def test_a_device_map_and_a_move_leave_the_stored_tensors_alone(written: Written) -> None:
-    model = CLASSES[written.component].from_pretrained(
-        written.folder, dtype=torch.float16, device_map={"": "cpu"}
-    )
+    model = CLASSES[written.component].from_pretrained(written.folder, dtype=torch.float16, device_map={"": "cpu"})
     model.to("cpu")
     stored = {name: tensor for name, tensor in written.tensors.items() if name not in written.weights}
     assert differing(model.state_dict(), stored) == []

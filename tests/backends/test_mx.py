@@ -84,15 +84,11 @@ def block_errors(backend: MX, weight: Tensor, statistics: Statistics) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", RULES)
 @pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element.name)
-def test_codes_scales_and_values_are_those_of_torchao(
-    element: Element, scale: str, dtype: torch.dtype
-) -> None:
+def test_codes_scales_and_values_are_those_of_torchao(element: Element, scale: str, dtype: torch.dtype) -> None:
     backend = mx(element, scale)
     for kind, weight in weights().items():
         weight = weight.to(dtype)
-        expected = MXTensor.to_mx(
-            weight, TORCHAO[element.name][1], scaling_mode=ScaleCalculationMode[RULES[scale]]
-        )
+        expected = MXTensor.to_mx(weight, TORCHAO[element.name][1], scaling_mode=ScaleCalculationMode[RULES[scale]])
         stored = backend.quantize(weight)
         qdata = element.codes(stored["qdata"]) if element.bits == 6 else stored["qdata"]
         assert torch.equal(qdata.view(torch.uint8), expected.qdata.view(torch.uint8)), kind
@@ -110,9 +106,7 @@ def packed(codes: list[int], element: Element) -> Tensor:
         sum(code << element.bits * place for place, code in enumerate(codes[start : start + per_number]))
         for start in range(0, len(codes), per_number)
     ]
-    return torch.tensor(
-        [byte for number in numbers for byte in number.to_bytes(width, "little")], dtype=torch.uint8
-    )
+    return torch.tensor([byte for number in numbers for byte in number.to_bytes(width, "little")], dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element.name)

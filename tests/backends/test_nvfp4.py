@@ -97,9 +97,7 @@ def test_the_search_follows_the_second_moment_of_the_input() -> None:
 
 def test_four_over_six_takes_the_better_of_two_scales() -> None:
     weight = torch.zeros(1, 32)
-    weight[0, :16] = torch.tensor(
-        [1.0, 0.75] * 8
-    )  # on the grid that ends at 4, not on the one that ends at 6
+    weight[0, :16] = torch.tensor([1.0, 0.75] * 8)  # on the grid that ends at 4, not on the one that ends at 6
     weight[0, 16:] = torch.tensor([1.0, 0.5] * 8)  # on both, but 6 is the plain choice
     backend = create("nvfp4", scale="four-over-six")
     stored = backend.quantize(weight)

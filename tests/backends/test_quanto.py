@@ -85,9 +85,7 @@ def test_int4_groups_are_those_of_quanto(columns: int) -> None:
 def test_int4_groups_of_128_are_those_of_quanto_before_it_packs_them_for_a_kernel() -> None:
     weight = weight_of("gaussian", torch.bfloat16, (48, 384))
     scale, shift = MaxOptimizer()(weight, qint4, axis=0, group_size=128)
-    expected = quantize_weight(
-        weight, qtype=qint4, axis=0, scale=scale, shift=shift, group_size=128, optimized=False
-    )
+    expected = quantize_weight(weight, qtype=qint4, axis=0, scale=scale, shift=shift, group_size=128, optimized=False)
     stored = create("quanto-int4").quantize(weight)
     assert torch.equal(stored["data"], expected._data._data)
     assert torch.equal(stored["scale"], scale)

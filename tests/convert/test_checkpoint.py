@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitroute import plan, quantize, verify
-from bitroute.convert.checkpoint import open_pipeline, read_rows, read_tensor
+from bitroute.convert.checkpoint import open_pipeline
 from bitroute.convert.layout import read_header
+from bitroute.convert.reading import read_rows, read_tensor
 from bitroute.errors import BitrouteError, RecipeError, SourceError
 
 WEIGHTS = {
@@ -74,9 +75,7 @@ def refusal(source: Path, kind: type[BitrouteError] = RecipeError) -> str:
     return str(refused.value)
 
 
-def test_a_sharded_source_gives_the_same_layers_as_a_single_file(
-    source: Path, convert: Callable[[str], Path]
-) -> None:
+def test_a_sharded_source_gives_the_same_layers_as_a_single_file(source: Path, convert: Callable[[str], Path]) -> None:
     shard(source)
     out = quantize("tiny-flux-fp8", str(source), source.parent / "out")
     name = f"transformer/{WEIGHTS['transformer']}"
@@ -281,7 +280,5 @@ def test_sources_in_other_dtypes_convert_load_and_keep_theirs(source: Path, dtyp
     assert kept.spec.dtype == dtype
     if recipe != "tiny-flux-nf4":  # its loader wants a GPU
         assert (
-            forward(FluxTransformer2DModel.from_pretrained(out / "transformer", dtype=torch.bfloat16))
-            .isfinite()
-            .all()
+            forward(FluxTransformer2DModel.from_pretrained(out / "transformer", dtype=torch.bfloat16)).isfinite().all()
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,10 +109,16 @@ def dry_run(recipe: str, model: Path) -> tuple[dict[str, Any], float]:
         "--dry-run",
         "--json",
     ]
-    start = time.monotonic()
+    before = _child_seconds()
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=model.parent)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), time.monotonic() - start
+    return json.loads(done.stdout), _child_seconds() - before
+
+
+def _child_seconds() -> float:
+    """Of the processor, imports included: a busy machine changes nothing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_the_hollow_folder_has_the_shards_of_the_hub_and_takes_no_disk(flux: Path) -> None:

@@ -145,8 +145,9 @@ def test_a_truncated_or_overwritten_file_is_refused(tmp_path: Path, payload: int
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "none.safetensors"):
-        with pytest.raises(SourceError, match="cannot read the file"):
+        with pytest.raises(SourceError) as refused:
             read_header(place)
+        assert str(place) in str(refused.value)
 
 
 def test_claims_of_a_terabyte_allocate_nothing(tmp_path: Path) -> None:

@@ -63,9 +63,7 @@ def real_models() -> dict[str, nn.Module]:
 
 def layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the linear layers, and of the others that have a weight."""
-    weighted = {
-        name: part for name, part in model.named_modules() if getattr(part, "weight", None) is not None
-    }
+    weighted = {name: part for name, part in model.named_modules() if getattr(part, "weight", None) is not None}
     linear = [name for name, part in weighted.items() if isinstance(part, nn.Linear)]
     return linear, [name for name in weighted if name not in linear]
 
@@ -118,9 +116,7 @@ def test_flux_keeps_the_root_proj_out_and_never_those_of_the_single_blocks(
     linear, other = layers(real_models["FluxTransformer2DModel"])
     kept = profile_of("FluxTransformer2DModel").kept([*linear, *other])
     embedders = [
-        f"time_text_embed.{part}_embedder.linear_{i}"
-        for part in ("timestep", "guidance", "text")
-        for i in (1, 2)
+        f"time_text_embed.{part}_embedder.linear_{i}" for part in ("timestep", "guidance", "text") for i in (1, 2)
     ]
     assert set(kept) == {"x_embedder", "context_embedder", *embedders, "norm_out.linear", "proj_out"}
 
@@ -210,9 +206,7 @@ def test_the_mixed_recipe_mixes_formats_by_role_and_depth(real_models: dict[str,
     linear, other = layers(real_models["FluxTransformer2DModel"])
     assert file.recipe
     recipe = file.recipe.components["transformer"]
-    routes, _ = route(
-        "transformer", recipe, linear, other, profile.roles_of(linear), profile.kept(linear), file.where
-    )
+    routes, _ = route("transformer", recipe, linear, other, profile.roles_of(linear), profile.kept(linear), file.where)
     assert {routes[name].backend for name in linear} == {"keep", "float8", "int8", "nvfp4", "nf4"}
     assert routes["transformer_blocks.3.ff.net.2"].backend == "float8"
     assert routes["transformer_blocks.4.ff.net.2"].backend == "nf4"

@@ -158,9 +158,7 @@ def test_words_and_dates_stay_text(tmp_path: Path) -> None:
         ("# " + "x" * 2**20, "is too large"),
     ],
 )
-def test_what_is_not_a_plain_yaml_mapping_is_refused_with_its_line(
-    tmp_path: Path, text: str, words: str
-) -> None:
+def test_what_is_not_a_plain_yaml_mapping_is_refused_with_its_line(tmp_path: Path, text: str, words: str) -> None:
     assert words in refusal(tmp_path, text)
 
 
@@ -218,9 +216,7 @@ def test_a_built_in_recipe_can_be_extended_by_name(tmp_path: Path) -> None:
 def test_circles_and_missing_parents_are_refused_where_they_are_said(tmp_path: Path) -> None:
     write(tmp_path, "model: a\nextends: r.yaml\n", "other.yaml")
     assert "other.yaml:2: recipes extend each other in a circle" in refusal(tmp_path, "extends: other.yaml\n")
-    assert "r.yaml:2: extends 'gone.yaml', which does not exist" in refusal(
-        tmp_path, "a: 1\nextends: gone.yaml\n"
-    )
+    assert "r.yaml:2: extends 'gone.yaml', which does not exist" in refusal(tmp_path, "a: 1\nextends: gone.yaml\n")
     assert "r.yaml:1: `extends` does not name a recipe" in refusal(tmp_path, "extends: [a]\n")
 
 
@@ -264,9 +260,7 @@ KEYS = st.sampled_from(
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("int8")
 TREES = st.recursive(
     SCALARS | KEYS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=4), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=4), inner, max_size=4),
     max_leaves=20,
 )
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

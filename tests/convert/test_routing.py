@@ -17,18 +17,12 @@ from bitroute.errors import Problem, RecipeError
 DOUBLE, SINGLE = 19, 38
 LINEAR = [
     "x_embedder",
-    *(
-        f"transformer_blocks.{i}.{leaf}"
-        for i in range(DOUBLE)
-        for leaf in ("attn.to_q", "attn.to_out.0", "ff.net.2")
-    ),
+    *(f"transformer_blocks.{i}.{leaf}" for i in range(DOUBLE) for leaf in ("attn.to_q", "attn.to_out.0", "ff.net.2")),
     *(f"single_transformer_blocks.{i}.{leaf}" for i in range(SINGLE) for leaf in ("attn.to_q", "proj_out")),
     "proj_out",
 ]
 OTHER = [f"transformer_blocks.{i}.attn.norm_q" for i in range(DOUBLE)]
-ROLES = {
-    name: "attention" if ".attn." in name else "output" if name == "proj_out" else "other" for name in LINEAR
-}
+ROLES = {name: "attention" if ".attn." in name else "output" if name == "proj_out" else "other" for name in LINEAR}
 KEPT = {"x_embedder": "first", "proj_out": "last"}
 
 
@@ -43,9 +37,7 @@ def routed(
     **component: Any,
 ) -> tuple[dict[str, Route], list[Problem]]:
     recipe = ComponentRecipe.model_validate({"backend": "float8", "rules": list(rules), **component})
-    return route(
-        "transformer", recipe, LINEAR, OTHER, roles, kept, lambda path: "r.yaml:" + ".".join(map(str, path))
-    )
+    return route("transformer", recipe, LINEAR, OTHER, roles, kept, lambda path: "r.yaml:" + ".".join(map(str, path)))
 
 
 def rule(layers: str, backend: str = "int8") -> dict[str, Any]:
@@ -199,9 +191,7 @@ def test_a_rule_that_matches_nothing_says_how_it_could(pattern: str, hint: str) 
     assert "matches no layer of transformer" in message and hint in message
 
 
-@pytest.mark.parametrize(
-    "pattern", ["transformer_blocks.{0-99}.*", "*_blocks.{40}.*", "transformer_blocks.{-20}.*"]
-)
+@pytest.mark.parametrize("pattern", ["transformer_blocks.{0-99}.*", "*_blocks.{40}.*", "transformer_blocks.{-20}.*"])
 def test_a_range_outside_the_model_names_the_blocks_that_exist(pattern: str) -> None:
     assert "blocks there are" in only_problem(rule(pattern)) and "0-18 in transformer_blocks" in only_problem(
         rule(pattern)
@@ -236,23 +226,17 @@ def test_a_role_needs_a_profile() -> None:
 
 
 def test_a_keep_pattern_that_matches_nothing_is_a_problem_too() -> None:
-    assert "r.yaml:components.transformer.keep.0.layers: 'to_q' matches no layer" in only_problem(
-        keep=["to_q"]
-    )
+    assert "r.yaml:components.transformer.keep.0.layers: 'to_q' matches no layer" in only_problem(keep=["to_q"])
 
 
 def test_every_problem_of_every_rule_is_reported() -> None:
-    problems = routed(
-        rule("nope"), rule("{"), rule("transformer_blocks.{99}.*"), {"role": "x", "backend": "int8"}
-    )[1]
+    problems = routed(rule("nope"), rule("{"), rule("transformer_blocks.{99}.*"), {"role": "x", "backend": "int8"})[1]
     assert len(problems) == 4
 
 
 def test_two_thousand_layers_and_fifty_rules_take_a_moment() -> None:
     names = [f"blocks.{i}.part.{j}.attn.to_{k}" for i in range(100) for j in range(5) for k in "qkvo"]
-    rules = [rule(f"*.{{{i}}}.part.{{0-4}}.attn.to_?") for i in range(25)] + [
-        rule(f"blok{i}.*") for i in range(25)
-    ]
+    rules = [rule(f"*.{{{i}}}.part.{{0-4}}.attn.to_?") for i in range(25)] + [rule(f"blok{i}.*") for i in range(25)]
     recipe = ComponentRecipe.model_validate({"rules": rules})
     started = time.monotonic()
     routes, problems = route("t", recipe, names, [], {}, {}, lambda path: "r.yaml:1")

@@ -81,9 +81,7 @@ def test_the_mean_error_equals_that_of_flip_evaluator(size: str, change: str) ->
 def test_the_error_map_equals_that_of_flip_evaluator_in_corners_and_inside() -> None:
     error = flip(drawing(97, 80), blurred(drawing(97, 80))).error
     assert (error.shape, error.dtype) == ((97, 80), torch.float32)
-    assert {place: float(error[place]) for place in PUBLISHED_PIXELS} == pytest.approx(
-        PUBLISHED_PIXELS, abs=2e-5
-    )
+    assert {place: float(error[place]) for place in PUBLISHED_PIXELS} == pytest.approx(PUBLISHED_PIXELS, abs=2e-5)
 
 
 def test_pictures_of_one_colour_each_have_the_published_error() -> None:

@@ -135,9 +135,7 @@ def test_a_pair_with_one_identical_picture_is_left_out_and_counted() -> None:
         ([0.1, 0.2], [0], "one prompt for each"),
     ],
 )
-def test_scores_without_a_meaning_are_refused(
-    scores: list[float], prompts: list[int] | None, said: str
-) -> None:
+def test_scores_without_a_meaning_are_refused(scores: list[float], prompts: list[int] | None, said: str) -> None:
     with pytest.raises(JobError, match=said):
         summarize(scores, prompts, higher_is_better=False)
 

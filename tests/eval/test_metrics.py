@@ -53,19 +53,14 @@ def test_psnr_and_ssim_equal_those_of_scikit_image(size: tuple[int, int], streng
         use_sample_covariance=False,
     )  # fmt: skip
     assert ssim(first, second) == pytest.approx(expected, abs=1e-9)
-    assert psnr_db(first, second) == pytest.approx(
-        peak_signal_noise_ratio(first.numpy(), second.numpy()), abs=1e-9
-    )
+    assert psnr_db(first, second) == pytest.approx(peak_signal_noise_ratio(first.numpy(), second.numpy()), abs=1e-9)
 
 
 def _reference_ms_ssim(first: Tensor, second: Tensor, scales: int) -> float:
     """The formula of Wang et al. 2003 with scipy's Gaussian, a channel at a time."""
     return float(
         np.mean(
-            [
-                _reference_channel(one.numpy(), other.numpy(), scales)
-                for one, other in zip(first, second, strict=True)
-            ]
+            [_reference_channel(one.numpy(), other.numpy(), scales) for one, other in zip(first, second, strict=True)]
         )
     )
 

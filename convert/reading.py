@@ -1,0 +1,78 @@
+"""Bytes from files: tensors by blocks of rows, JSON with a limit. Only regular files: a pipe would block for ever."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitroute.convert.layout import StoredTensor, check_regular
+from bitroute.errors import Problem, SourceError
+
+CONFIG_LIMIT_BYTES = 50_000_000
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Rows start..stop of a tensor seen as [out, everything else]; a fresh copy.
+
+    Raises:
+        SourceError: the file ends early or cannot be read.
+    """
+    rows = tensor.spec.rows
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    buffer = bytearray((stop - start) * row_bytes)
+    if not buffer:
+        return torch.empty(stop - start, rows.shape[1], dtype=rows.dtype)
+    read_into(tensor, start * row_bytes, memoryview(buffer))
+    return torch.frombuffer(buffer, dtype=rows.dtype).reshape(stop - start, rows.shape[1])
+
+
+def read_tensor(tensor: StoredTensor) -> Tensor:
+    """The whole tensor in its own shape; a fresh copy."""
+    return read_rows(tensor, 0, tensor.spec.rows.shape[0]).reshape(tensor.spec.shape)
+
+
+def read_into(tensor: StoredTensor, begin: int, buffer: memoryview) -> None:
+    """Fills the buffer with the tensor's bytes from `begin` on; raises as `read_rows` does."""
+    try:
+        with open(tensor.file, "rb", buffering=0) as stream:
+            stream.seek(tensor.offset + begin)
+            while buffer:
+                got = stream.readinto(buffer)
+                if not got:
+                    raise SourceError(_ends_early(tensor))
+                buffer = buffer[got:]
+    except OSError as error:
+        raise SourceError(Problem(f"cannot read tensor {tensor.name!r}", str(tensor.file), got=str(error))) from error
+
+
+def _ends_early(tensor: StoredTensor) -> Problem:
+    return Problem(
+        f"the file ends inside tensor {tensor.name!r}", str(tensor.file),
+        next_step="download or write this file again",
+    )  # fmt: skip
+
+
+def read_blocks(tensor: StoredTensor, bounds: Iterator[tuple[int, int]]) -> Iterator[Tensor]:
+    for start, stop in bounds:
+        yield read_rows(tensor, start, stop)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises SourceError that names the file when it is missing, huge, or not a JSON mapping."""
+    try:
+        check_regular(file)
+        if file.stat().st_size > CONFIG_LIMIT_BYTES:
+            raise SourceError(Problem("a JSON file of that size is not a config", str(file)))
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(Problem("the file is missing", str(file))) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(Problem("cannot read the file as JSON", str(file), got=str(error))) from error
+    if not isinstance(content, dict):
+        raise SourceError(Problem("not a JSON mapping", str(file), got=type(content).__name__))
+    return content
