@@ -66,7 +66,7 @@ def suggest(name: str) -> str:
     return f"did you mean {known!r}?" if known else did_you_mean(name, available())
 
 
-def create(name: str, **options: Any) -> Backend:
+def create(name: str, /, **options: Any) -> Backend:
     """A backend with its options, checked: `create("nvfp4", scale="mse")`.
 
     Raises:

@@ -16,6 +16,7 @@ import torch
 from bitsandbytes.functional import (
     QuantState,
     dequantize_4bit,
+    dequantize_blockwise,
     get_4bit_type,
     quantize_4bit,
     quantize_blockwise,
@@ -27,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 NESTED_BLOCK = 256  # absmax values that share a second-level absmax; bitsandbytes knows no other
 QUANT_STATE_BYTES = 256  # the JSON is padded: its length depends on the digits of the mean, a plan has no data
 _means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # quant_state → (its version, mean absmax)
@@ -44,7 +46,7 @@ class FourBit(Backend):
     def refuse(self, weight: TensorSpec) -> str | None:
         """bitsandbytes' CPU kernel decodes a row of broken blocks to garbage, without an error."""
         if weight.shape[1] % self.block == 0:
-            return None
+            return super().refuse(weight)
         return f"bitsandbytes misreads rows of {weight.shape[1]}, which are not whole blocks of {self.block}"
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
@@ -65,7 +67,7 @@ class FourBit(Backend):
         absmax, mean, nested = torch.empty(0), None, None
         if self.double_quant:
             absmax = torch.cat([rows.reshape(-1, self.block).abs().amax(dim=1).float() for rows in blocks])
-            mean = absmax.mean()
+            mean = _mean(absmax)
             absmax, nested = quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
         state = QuantState(
             absmax=absmax,
@@ -86,7 +88,11 @@ class FourBit(Backend):
         return {"codes": codes} if self.double_quant else {"codes": codes, "absmax": state.absmax}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        decoded: Tensor = dequantize_4bit(stored["codes"], self.quant_state(stored, weight, torch.float32))
+        state = self.quant_state(stored, weight, torch.float32)
+        if state.nested:  # as dequantize_4bit does it, but 8 bits of the largest absmax may round beyond float32
+            absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.absmax, state.nested = absmax.clamp(max=FLOAT32_MAX), False
+        decoded: Tensor = dequantize_4bit(stored["codes"], state)
         return decoded
 
     def record(self, weight: TensorSpec) -> NativeRecord:
@@ -137,6 +143,12 @@ def _padded(quant_state: Tensor) -> Tensor:
     padded = torch.full((QUANT_STATE_BYTES,), ord(" "), dtype=torch.uint8)
     padded[: len(quant_state)] = quant_state
     return padded
+
+
+def _mean(absmax: Tensor) -> Tensor:
+    """The plain mean, and where its sum overflows that of the same numbers in larger units."""
+    mean, unit = absmax.mean(), 2.0**32
+    return torch.where(mean.isfinite(), mean, torch.minimum((absmax / unit).mean() * unit, absmax.amax()))
 
 
 def _mean_absmax(quant_state: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ E5M2 = Element("e5m2", 5, 2, 57344.0, torch.float8_e5m2)
 
 def in_blocks(rows: Tensor, size: int) -> Tensor:
     """[n, k] of any float dtype → float32 [n, k / size, size]."""
-    return rows.float().reshape(rows.shape[0], -1, size)
+    return rows.float().reshape(rows.shape[0], rows.shape[1] // size, size)
 
 
 def block_amax(blocks: Tensor) -> Tensor:

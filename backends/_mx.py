@@ -7,10 +7,11 @@
     even    the same after rounding amax to the element's mantissa (EVEN)
     ceil    ceil(log2 amax) - emax (CEIL)
     rceil   ceil(log2(amax / element max)), nothing saturates; NVIDIA's rule (RCEIL)
-    mse     of absmax, one more and one less the least squared error, weighted by the input's second moment
-            where statistics have it; absmax unless another is strictly better
+    mse     of absmax, one more and one less the least squared error, weighted by the mean square of each input
+            where calibration measured it; absmax unless another is strictly better
 
-An all-zero block has byte 0. Two things are as in torchao: blocks below 2^-124 encode by 2^-126 where byte 0
+Beyond 2.9e38 the largest elements may round up to infinity in torchao; here such a block has half the scale, and
+they saturate at the largest element. An all-zero block has byte 0. Two other things are as in torchao: blocks below 2^-124 encode by 2^-126 where byte 0
 decodes by 2^-127, and rceil encodes such blocks unscaled.
 """
 
@@ -42,6 +43,7 @@ from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Surv
 BLOCK = 32
 E8M0 = torch.float8_e8m0fnu
 _BIAS = 127
+_INFINITE = 255  # the biased exponent of infinity in float32
 
 _ACTIVATIONS = {"mxfp4": E2M1, "mxfp8": E4M3}
 _TORCHAO_DTYPES = {E2M1: torch.float4_e2m1fn_x2, E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
@@ -72,7 +74,9 @@ class MX(Backend):
 
     def refuse(self, weight: TensorSpec) -> str | None:
         columns = weight.shape[1]
-        return f"{columns} input features are not a multiple of {BLOCK}" if columns % BLOCK else None
+        if columns % BLOCK:
+            return f"{columns} input features are not a multiple of {BLOCK}"
+        return super().refuse(weight)
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows, columns = weight.shape
@@ -161,9 +165,26 @@ def quantized(x: Tensor, element: Element) -> Tensor:
 def _exponents(amax: Tensor, element: Element, rule: str) -> Tensor:
     """Biased exponent of each block's scale, int32 in [0, 253]."""
     if rule == "rceil":
-        return (amax / element.max).log2_().ceil_().clamp_(min=-_BIAS).add_(_BIAS).to(torch.int32)
-    round_up = {"absmax": 0, "even": 1 << (22 - element.mantissa_bits), "ceil": (1 << 23) - 1}[rule]
-    return ((amax.view(torch.int32) + round_up) >> 23).sub_(element.max_exponent).clamp_(min=0)
+        found = (amax / element.max).log2_().ceil_().clamp_(min=-_BIAS).add_(_BIAS).to(torch.int32)
+    else:
+        round_up = {"absmax": 0, "even": _half_step(element), "ceil": (1 << 23) - 1}[rule]
+        found = ((amax.view(torch.int32) + round_up) >> 23).sub_(element.max_exponent).clamp_(min=0)
+    return torch.minimum(found, _largest_exponents(amax, element))
+
+
+def _largest_exponents(amax: Tensor, element: Element) -> Tensor:
+    """Biased exponents beyond which the block's largest element decodes to infinity.
+
+    With the exponent 255 - emax the elements keep the power of two of their weights, which may be 2^127; what
+    their mantissa rounds up from there is beyond float32.
+    """
+    rounded = (amax.view(torch.int32) + _half_step(element)) >> 23
+    return (rounded < _INFINITE).int().add_(_INFINITE - 1 - element.max_exponent)
+
+
+def _half_step(element: Element) -> int:
+    """Half of the last place of the element's mantissa, in the bits of a float32."""
+    return 1 << (22 - element.mantissa_bits)
 
 
 def _reciprocals(exponents: Tensor, rule: str) -> Tensor:
@@ -173,10 +194,11 @@ def _reciprocals(exponents: Tensor, rule: str) -> Tensor:
 
 
 def _search(blocks: Tensor, element: Element, weights: Tensor | None) -> Tensor:
-    floor = _exponents(block_amax(blocks), element, "absmax")
+    amax = block_amax(blocks)
+    floor, largest = _exponents(amax, element, "absmax"), _largest_exponents(amax, element)
 
     def error(exponents: Tensor) -> Tensor:
         units = squared_error(blocks, _reciprocals(exponents, "mse"), element, weights)
         return torch.ldexp(units, 2 * (exponents.clamp(min=1) - floor.clamp(min=1)))
 
-    return least_error([floor, floor + 1, (floor - 1).clamp_(min=0)], error)
+    return least_error([floor, torch.minimum(floor + 1, largest), (floor - 1).clamp_(min=0)], error)

@@ -14,7 +14,7 @@ from optimum.quanto import AbsmaxOptimizer, quantize_weight
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec, cast
 
 COMPUTE_DTYPE = torch.bfloat16
 ACTIVATION_SCALES = (
@@ -32,7 +32,9 @@ class Quanto(Backend):
 
     def refuse(self, weight: TensorSpec) -> str | None:
         """quanto takes a single row for a whole tensor and gives it scales of another shape."""
-        return "optimum-quanto scales rows, and this layer has one output" if weight.shape[0] == 1 else None
+        if weight.shape[0] == 1:
+            return "optimum-quanto scales rows, and this layer has one output"
+        return super().refuse(weight)
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         return {suffix: TensorSpec((), COMPUTE_DTYPE) for suffix in ACTIVATION_SCALES}
@@ -59,7 +61,7 @@ class QuantoByte(Quanto):
         }
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
-        rows = rows.to(COMPUTE_DTYPE)
+        rows = cast(rows, COMPUTE_DTYPE)
         scale = AbsmaxOptimizer()(rows, qtype=self.qtype, axis=0)
         encoded = quantize_weight(rows, qtype=self.qtype, axis=0, scale=divisor(scale), optimized=False)
         return {"data": encoded._data, "scale": scale.reshape(-1, 1)}  # of a block of one row it is a scalar

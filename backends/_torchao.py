@@ -14,7 +14,7 @@ from torch import Tensor
 from torchao.core.config import AOBaseConfig, config_to_dict
 from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
 
-from bitroute.backends.base import NativeRecord
+from bitroute.backends.base import NativeRecord, TensorSpec
 
 COMPUTE_DTYPE = torch.bfloat16  # torchao's weights carry it; anything else fails in forward
 
@@ -29,3 +29,9 @@ def native_record(tensor: Tensor, config: AOBaseConfig) -> NativeRecord:
 def arithmetic_rows(rows: Tensor) -> Tensor:
     """bf16 and fp32 as they are (torchao's own arithmetic), fp16 as fp32: 1e-12 underflows in fp16."""
     return rows.float() if rows.dtype == torch.float16 else rows
+
+
+def refuse_single_column(weight: TensorSpec) -> str | None:
+    """torchao takes a row of one element for a whole tensor, of weights and of activations alike."""
+    one = weight.shape[1] == 1
+    return "torchao scales rows, and rows of one input feature would be smaller than their scale" if one else None

@@ -17,6 +17,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from bitroute.errors import BackendError, Problem, did_you_mean
 
@@ -26,6 +27,7 @@ CODES = {  # as safetensors headers spell dtypes
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+ARITHMETIC_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what `encode` reads
 BLOCK_ELEMENTS = 256 * 1024  # a block of rows and its temporaries stay in the cache
 REGISTRY: dict[str, type[Backend]] = {}
 
@@ -126,8 +128,10 @@ class Backend(ABC):
         return {option.name: values[option.name] for option in fields if values[option.name] != option.default}
 
     def refuse(self, weight: TensorSpec) -> str | None:
-        """Why this format cannot hold a weight of that shape ([out, in]), or None."""
-        return None
+        """Why this format cannot hold such a weight ([out, in]), or None. Formats with reasons of their own ask here first."""
+        if not weight.dtype.is_floating_point:
+            return f"its weight is {weight.dtype}, not a float"
+        return f"its weight is empty, {list(weight.shape)}" if weight.numel == 0 else None
 
     @abstractmethod
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
@@ -136,6 +140,14 @@ class Backend(ABC):
     def rows_multiple(self, weight: TensorSpec) -> int:
         """Every block but the last must be a multiple of so many rows."""
         return 1
+
+    def arithmetic(self, rows: Tensor) -> Tensor:
+        """A block of any float dtype as `survey` and `encode` read it: bf16, fp16 and fp32 as they are, others as fp32.
+
+        Raises:
+            BackendError: a finite float64 is too large for fp32.
+        """
+        return rows if rows.dtype in ARITHMETIC_DTYPES else cast(rows, torch.float32)
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
         """Look at the whole tensor once. Formats whose blocks stand alone leave `blocks` unread."""
@@ -171,25 +183,85 @@ class Backend(ABC):
         return QuantizedLinear(self, layer, stored)
 
     def quantize(self, weight: Tensor, statistics: Statistics = NONE) -> dict[str, Tensor]:
-        """A whole weight [out, in] at once, by the same blocks that a job would use."""
+        """A whole weight [out, in] at once, by the same blocks that a job would use.
+
+        Raises:
+            BackendError: the format cannot hold a weight of that shape, or values as large as these.
+        """
         spec = TensorSpec(tuple(weight.shape), weight.dtype)
+        refusal = self.refuse(spec)
+        if refusal:
+            raise BackendError(Problem(f"backend {self.name!r} cannot hold the weight", got=refusal))
         survey = self.survey(self.blocks(weight), spec, statistics)
         parts = [self.encode(rows, survey, statistics) for rows in self.blocks(weight)]
         rowwise = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
         return {**survey.outputs, **rowwise}
 
     def blocks(self, weight: Tensor) -> Iterator[Tensor]:
+        """The rows of a weight [out, in] as `encode` reads them: contiguous and without a gradient."""
         spec = TensorSpec(tuple(weight.shape), weight.dtype)
         for start, stop in self.block_bounds(spec):
-            yield weight[start:stop]
+            yield self.arithmetic(weight.detach()[start:stop].contiguous())
 
     def block_bounds(self, weight: TensorSpec) -> Iterator[tuple[int, int]]:
-        """Row ranges that cover the weight, each about BLOCK_ELEMENTS elements."""
+        """Row ranges that cover the weight, each about BLOCK_ELEMENTS elements; one empty range where it has no rows."""
         rows, columns = weight.shape
         multiple = self.rows_multiple(weight)
         step = max(multiple, BLOCK_ELEMENTS // max(columns, 1) // multiple * multiple)
-        for start in range(0, rows, step):
+        for start in range(0, max(rows, 1), step):
             yield start, min(start + step, rows)
+
+
+KEEP_IT = "keep the layer as it is in the source: backend keep, dtype source"
+
+
+def cast(rows: Tensor, dtype: torch.dtype, next_step: str = KEEP_IT) -> Tensor:
+    """The rows in another float dtype.
+
+    Raises:
+        BackendError: a finite value would become infinite.
+    """
+    found = rows.to(dtype)
+    widens = found is rows or torch.finfo(dtype).max >= torch.finfo(rows.dtype).max
+    if widens or not (infinite := found.isinf()).any():
+        return found
+    before = rows.cpu().double()  # the only dtype that holds all others and can tell what is finite
+    lost = before[infinite.cpu() & before.isfinite()]
+    if len(lost):
+        raise BackendError(
+            Problem(
+                f"{lost[0].item():g} does not fit {str(dtype).removeprefix('torch.')}",
+                expected=f"values up to {torch.finfo(dtype).max:g}",
+                next_step=next_step,
+            )
+        )
+    return found
+
+
+class UndecodedWeight(Tensor):
+    """Stands for the weight of a layer: its shape, dtype and device cost nothing, anything else decodes it."""
+
+    free: ClassVar = {Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.size, Tensor.dim}  # type: ignore[attr-defined]
+    layer: QuantizedLinear
+
+    @staticmethod
+    def __new__(cls, layer: QuantizedLinear) -> UndecodedWeight:
+        make: Any = Tensor._make_wrapper_subclass
+        device = next(iter(layer.stored.values())).device
+        made: UndecodedWeight = make(cls, layer.spec.shape, dtype=layer.spec.dtype, device=device)
+        made.layer = layer
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in cls.free:
+            return super().__torch_function__(func, types, args, kwargs)
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        decoded = tree_map_only(cls, lambda weight: weight.layer.decoded(), (args, kwargs or {}))
+        return func(*decoded[0], **decoded[1])
 
 
 class QuantizedLinear(nn.Module):
@@ -213,7 +285,11 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, for code that looks at a layer's weight or its dtype."""
+        """The decoded weight, for code that looks at a layer's weight or only at its dtype, on every forward."""
+        compiled = torch.compiler.is_compiling()  # a compiler drops what nobody reads by itself
+        return self.decoded() if compiled else UndecodedWeight(self)
+
+    def decoded(self) -> Tensor:
         return self.backend.decode(self.stored, self.spec).to(self.spec.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """LLM.int8() weights: INT8 with the absolute maximum of each row, by bitsandbytes.
 
-SCB = amax of the row, q = round(w · 127 / SCB), ŵ = q · SCB / 127, from w rounded to fp16. A row beyond the
-range of fp16 is scaled by a power of two on the way, where bitsandbytes stores inf. In the native container
-the activations are quantized too, save columns above llm_int8_threshold; in bitroute's only the weight is.
+SCB = amax of the row, q = round(w · 127 / SCB), ŵ = q · SCB / 127, from w rounded to fp16. A row whose amax
+is outside the normal range of fp16 (6.1e-5 to 65504) is scaled by a power of two on the way, where bitsandbytes
+stores inf or loses digits. In the native container the activations are quantized too, save columns above llm_int8_threshold; in bitroute's only the weight is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from torch import Tensor
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
 
 FP16_EXPONENT = 15  # a row scaled below 2¹⁵ is finite in fp16
+FP16_SMALLEST = torch.finfo(torch.float16).smallest_normal  # below it fp16 has ever fewer digits
+FLOAT32_MAX = torch.finfo(torch.float32).max
+LARGEST_EXPONENT = 126  # of a power of two by which a row is multiplied
+HEADROOM = 128.0  # codes · SCB, which comes before the division by 127, must not overflow
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,14 @@ class BnbInt8(Backend):
         return Survey(outputs={"weight_format": torch.tensor(0, dtype=torch.uint8)})  # 0: plain rows
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
-        shrink = _shrink(rows)
-        codes, amax, _ = int8_vectorwise_quant((rows.float() * shrink).half())
-        # a zero row is divided by its amax, and what an integer makes of NaN depends on the processor
-        return {"codes": codes.masked_fill(amax[:, None] == 0, 0), "SCB": amax / shrink[:, 0]}
+        power = _power(rows)
+        codes, amax, _ = int8_vectorwise_quant((rows.float() * power).half())
+        # fp16 may round amax up, beyond float32; a zero row is divided by its amax, and what an integer makes of NaN depends on the processor
+        return {"codes": codes.masked_fill(amax[:, None] == 0, 0), "SCB": (amax / power[:, 0]).clamp_(max=FLOAT32_MAX)}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        decoded: Tensor = int8_vectorwise_dequant(stored["codes"], stored["SCB"])
-        return decoded
+        decoded: Tensor = int8_vectorwise_dequant(stored["codes"], stored["SCB"] / HEADROOM)
+        return decoded.mul_(HEADROOM)
 
     def record(self, weight: TensorSpec) -> NativeRecord:
         names = {"codes": "weight", "SCB": "SCB", "weight_format": "weight_format"}
@@ -57,9 +61,9 @@ class BnbInt8(Backend):
         return NativeRecord(names=names, config=config)
 
 
-def _shrink(rows: Tensor) -> Tensor:
-    """1 for each row that fp16 holds, else the power of two that brings it in range; float32 [rows, 1]."""
+def _power(rows: Tensor) -> Tensor:
+    """1 for each row that fp16 holds well, else the power of two that brings it in range; float32 [rows, 1]."""
     amax = rows.abs().amax(dim=1, keepdim=True)
     _, exponent = torch.frexp(amax.float())
-    powers = torch.exp2((FP16_EXPONENT - exponent).float())
-    return torch.where(amax.half().isinf(), powers, 1.0)
+    powers = torch.exp2((FP16_EXPONENT - exponent).clamp(max=LARGEST_EXPONENT).float())
+    return torch.where(amax.half().isinf() | (amax < FP16_SMALLEST), powers, 1.0)

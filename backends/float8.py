@@ -22,7 +22,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-from bitroute.backends._torchao import COMPUTE_DTYPE, arithmetic_rows, native_record
+from bitroute.backends._torchao import COMPUTE_DTYPE, arithmetic_rows, native_record, refuse_single_column
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
 
 E4M3 = torch.float8_e4m3fn
@@ -39,6 +39,10 @@ class Float8(Backend):
 
     granularity: Literal["row", "tensor"] = "row"
     activations: Literal["none", "dynamic"] = "none"
+
+    def refuse(self, weight: TensorSpec) -> str | None:
+        by_row = self.granularity == "row"
+        return (refuse_single_column(weight) if by_row else None) or super().refuse(weight)
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         scales = weight.shape[0] if self.granularity == "row" else 1
@@ -81,7 +85,7 @@ class Float8(Backend):
         return "" if self.activations == "none" else "CUDA compute capability 8.9 (Ada, RTX 40) or MI300"
 
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
-        if self.activations == "none":
+        if self.activations == "none" or x.numel() == 0:
             return super().linear(x, stored, weight, bias)
         return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)
 

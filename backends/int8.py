@@ -1,6 +1,7 @@
 """INT8, symmetric, a scale per row, by torchao's Int8Tensor; weight-only or with dynamic activations.
 
-s = max(amax / 127.5, eps), q = round(w / s) clamped to [-128, 127], ŵ = q · s (torchao's symmetric mapping).
+s = max(amax / 127.5, 1.19e-7), q = round(w / s) clamped to [-128, 127], ŵ = q · s (torchao's symmetric mapping).
+That smallest scale is torchao's: rows whose largest weight is below about 1e-6 lose precision, below 6e-8 all of it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
-from bitroute.backends._torchao import COMPUTE_DTYPE, arithmetic_rows, native_record
+from bitroute.backends._torchao import COMPUTE_DTYPE, arithmetic_rows, native_record, refuse_single_column
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+
+LARGEST_SCALE = torch.finfo(COMPUTE_DTYPE).max / 128  # the code -128 must decode to a finite bf16
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class Int8(Backend):
 
     activations: Literal["none", "dynamic"] = "none"
 
+    def refuse(self, weight: TensorSpec) -> str | None:
+        return refuse_single_column(weight) or super().refuse(weight)
+
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows = weight.shape[0]
         return {
@@ -42,7 +48,8 @@ class Int8(Backend):
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
         encoded = Int8Tensor.from_hp(arithmetic_rows(rows), PerRow())
-        return {"qdata": encoded.qdata, "scale": encoded.scale, "zero_point": encoded.zero_point}
+        scale = encoded.scale.clamp(max=LARGEST_SCALE)
+        return {"qdata": encoded.qdata, "scale": scale, "zero_point": encoded.zero_point}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
         return stored["qdata"].float() * stored["scale"]
@@ -57,7 +64,7 @@ class Int8(Backend):
         return native_record(self._tensor(stored, weight), config)
 
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
-        if self.activations == "none":
+        if self.activations == "none" or x.numel() == 0:
             return super().linear(x, stored, weight, bias)
         return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)
 

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import nn
 
@@ -22,6 +23,7 @@ from bitroute.errors import Problem, SourceError
 
 FORMAT_VERSION = 1
 WHERE = "quantization_config"
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Rename = Callable[[str, Mapping[str, object]], str]  # a stored name, the names of the model → its own name for it
 SHOWN = 20  # problems of one checkpoint that an error lists
 
@@ -30,15 +32,27 @@ class QuantMethod(str, Enum):  # noqa: UP042 - the libraries compare it with pla
     BITROUTE = "bitroute"
 
 
+class Group(BaseModel):
+    """The layers of one backend with one set of options."""
+
+    backend: str
+    options: dict[str, Any]
+    layers: list[str]
+
+
+GROUPS = TypeAdapter(list[Group])
+
+
 class Manifest:
     """`quantization_config` as it stands in config.json; keys that this version does not know are kept.
 
     Raises:
-        SourceError: written by another version of bitroute.
+        SourceError: written by another version of bitroute, or malformed.
     """
 
     def __init__(
         self,
+        /,
         groups: Sequence[Mapping[str, Any]] = (),
         compute_dtype: str = "bfloat16",
         format_version: int = FORMAT_VERSION,
@@ -54,6 +68,17 @@ class Manifest:
                     next_step="pip install -U bitroute",
                 )
             )
+        taken = [key for key in others if key != "quant_method" and hasattr(type(self), key)]
+        if taken:
+            raise _malformed(f"the key {taken[0]!r}", "no key with the name of a method")
+        if compute_dtype not in tuple(COMPUTE_DTYPES):
+            raise _malformed(f"compute_dtype {compute_dtype!r}", f"one of {', '.join(COMPUTE_DTYPES)}")
+        try:
+            GROUPS.validate_python(groups)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            place = ".".join(map(str, ("groups", *detail["loc"])))
+            raise _malformed(f"{place}: {repr(detail['input'])[:200]}", detail["msg"]) from error
         self.__dict__.update(others)
         self.quant_method = QuantMethod.BITROUTE
         self.format_version = format_version
@@ -69,20 +94,14 @@ class Manifest:
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in where its user names no dtype."""
-        found = getattr(torch, str(self.compute_dtype), None)
-        if not isinstance(found, torch.dtype):
-            raise _malformed(f"compute_dtype {self.compute_dtype!r}", "the name of a torch dtype")
-        return found
+        return COMPUTE_DTYPES[self.compute_dtype]
 
     def backends(self) -> dict[str, Backend]:
         """Layer → backend. Imports them, so not under `torch.device("meta")`: their tables would be empty."""
         found: dict[str, Backend] = {}
         for group in self.groups:
-            try:
-                backend, layers = create(group["backend"], **group["options"]), list(group["layers"])
-            except (KeyError, TypeError) as error:
-                raise _malformed(repr(group)[:200], "a mapping with backend, options and layers") from error
-            for layer in layers:
+            backend = create(group["backend"], **group["options"])
+            for layer in group["layers"]:
                 if layer in found:
                     raise _malformed(f"layer {layer!r} twice", "every layer in one group")
                 found[layer] = backend
@@ -136,13 +155,16 @@ def attach(
         The names of the stored tensors, which must be loaded without a cast.
 
     Raises:
-        SourceError: a layer is missing or not linear, or a tensor is missing or has another shape or dtype.
+        SourceError: a layer is missing or not linear, a tensor is missing or has another shape or dtype, or a
+            layer is stored in a form that no backend is named for.
     """
     layers = _find_layers(model, backends)
     expected = {name: spec for layer in layers for name, spec in layer.tensors.items()}
     if files is not None:
-        found = {rename(name, expected): tensor for name, tensor in _read_headers(files).items()}
+        headers = _read_headers(files)
+        found = {rename(name, expected): tensor for name, tensor in headers.items()}
         _raise_all(problem for layer in layers for problem in _differences(layer, found))
+        _raise_all(_unexplained(model, headers, expected, rename))
     for layer in layers:
         if not set(layer.name.split(".")).isdisjoint(float32):
             layer.linear.to(torch.float32)
@@ -214,6 +236,30 @@ def _differences(layer: StoredLayer, found: Mapping[str, str]) -> Iterator[Probl
                 expected=expected,
                 next_step="the checkpoint is damaged or was edited: download or write it again",
             )
+
+
+def _unexplained(
+    model: nn.Module, names: Iterable[str], expected: Mapping[str, TensorSpec], rename: Rename
+) -> Iterator[Problem]:
+    """Layers with stored tensors that are neither a backend's nor their own.
+
+    The libraries would only warn, and give such a layer random weights.
+    """
+    own: dict[str, object] = {**model.state_dict(), **expected}
+    strangers: dict[str, list[str]] = {}
+    for name in names:
+        stored, _, suffix = name.rpartition(".")
+        layer = rename(f"{stored}.weight", own).rpartition(".")[0]  # the libraries rename what the model has
+        if f"{layer}.weight" in own and f"{layer}.{suffix}" not in own:
+            strangers.setdefault(layer, []).append(name)
+    for layer, tensors in strangers.items():
+        yield Problem(
+            f"layer {layer!r} is stored in a form that no group explains",
+            WHERE,
+            got=", ".join(sorted(tensors)),
+            expected=f"a group that names the backend of {layer!r}",
+            next_step="the config was edited or belongs to other weights: download or write both again",
+        )
 
 
 def _raise_all(problems: Iterable[Problem]) -> None:

@@ -6,8 +6,8 @@ is at least 2^-120, so that a tensor of zeros decodes to zeros where torchao giv
 
     absmax          as above
     mse             of the E4M3 numbers from 2 below s to 6 above the one with the least squared error,
-                    weighted by the input's second moment where statistics have it; s unless another is
-                    strictly better
+                    weighted by the mean square of each input where calibration measured it; s unless
+                    another is strictly better
     four-over-six   g = amax / (256 · 6), and per block s or 1.5 · s, which maps amax to 4 instead of 6,
                     whichever has the lower squared error (arXiv 2512.02010)
 """
@@ -58,7 +58,9 @@ class NVFP4(Backend):
 
     def refuse(self, weight: TensorSpec) -> str | None:
         columns = weight.shape[1]
-        return f"{columns} input features are not a multiple of {BLOCK}" if columns % BLOCK else None
+        if columns % BLOCK:
+            return f"{columns} input features are not a multiple of {BLOCK}"
+        return super().refuse(weight)
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows, columns = weight.shape

@@ -1,7 +1,7 @@
 """INT4, affine, groups of 128 where they fit the rows, by optimum-quanto's qint4.
 
 s = (max - min) / 15, shift = -min, q = round((w + shift) / s), ŵ = q · s - shift; scale and shift in bf16.
-A byte holds the codes of two groups that lie half the tensor apart, so `survey` completes every output.
+A byte holds the codes of two groups that lie half the tensor apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from bitroute.backends._quanto import COMPUTE_DTYPE, Quanto, divisor
-from bitroute.backends.base import NONE, Statistics, Survey, TensorSpec
+from bitroute.backends.base import KEEP_IT, NONE, Statistics, Survey, TensorSpec, cast
+from bitroute.errors import BackendError, Problem
 
 GROUP = 128  # columns that share a scale, where they divide the row
 
@@ -51,7 +52,7 @@ class QuantoInt4(Quanto):
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
         size = group_size(weight.shape[1])
-        parts = [_encode(rows.to(COMPUTE_DTYPE).reshape(-1, size)) for rows in blocks]
+        parts = [_encode(cast(rows, COMPUTE_DTYPE).reshape(-1, size)) for rows in blocks]
         codes, scale, shift = (torch.cat(part) for part in zip(*parts, strict=True))
         outputs = {"data": pack_weights(codes, bits=4), "scale": scale, "shift": shift}
         return Survey(outputs={**super().survey((), weight).outputs, **outputs})
@@ -72,7 +73,13 @@ def group_size(columns: int) -> int:
 
 
 def _encode(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [groups, size] (not packed), scale and shift [groups, 1] of bf16 groups."""
+    """Codes [groups, size] (not packed), scale and shift [groups, 1] of bf16 groups.
+
+    Raises:
+        BackendError: max - min of a group is beyond bf16.
+    """
     scale, shift = MaxOptimizer().optimize(groups, qint4, axis=0)
+    if (scale * 15).isinf().any():
+        raise BackendError(Problem("values too large for quanto-int4: max - min overflows", next_step=KEEP_IT))
     codes = torch.ops.quanto.quantize_affine(groups, bits=4, axis=0, group_size=None, scale=divisor(scale), shift=shift)
     return codes, scale, shift

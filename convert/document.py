@@ -7,8 +7,10 @@ the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema), so `no`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import yaml
@@ -17,14 +19,31 @@ from yaml.reader import ReaderError
 
 from bitroute.errors import Problem, RecipeError
 
-__all__ = ["Finder", "KeyPath", "Value", "compose", "parse", "read_text"]
+__all__ = [
+    "MAX_PROBLEMS",
+    "SHOWN",
+    "Finder",
+    "KeyPath",
+    "Value",
+    "compose",
+    "parse",
+    "printable",
+    "read_text",
+    "shown",
+    "sorted_problems",
+]
 
 KeyPath = tuple[str | int, ...]
 Finder = Callable[[str, Path], tuple[Path, str] | None]  # a name, a folder → the file and how to call it
 
-MAX_BYTES = 1 << 20
-MAX_NODES = 50_000
+MAX_BYTES = 1 << 18  # a rule for each of 1500 layers takes half of it
+MAX_NODES = 20_000  # keys and values; PyYAML reads them in about a second
 MAX_DEPTH = 32
+MAX_KEY_LENGTH = 100
+MAX_CHAIN = 16  # recipes that extend each other
+MAX_PROBLEMS = 50  # more are counted, not shown
+SHOWN = 80  # characters of a value in an error
+MESSAGE = 100  # characters of PyYAML's own words
 _INT = re.compile(r"[-+]?[0-9]{1,18}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]{1,3})?")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
@@ -76,38 +95,80 @@ class Value:
             self.content = [value for value in self.content if value is not child]
 
 
-def compose(path: Path, name: str, find: Finder, chain: tuple[Path, ...] = ()) -> tuple[Value, str]:
+def shown(value: object) -> str:
+    """The value as an error shows it: on one line, escaped and never long."""
+    if value is None:
+        return "nothing"
+    text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def printable(name: str) -> str:
+    """A file name without the characters that would act on the terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+
+
+def sorted_problems(problems: Iterable[Problem]) -> list[Problem]:
+    """By file and line where they have both, the others after them; the first MAX_PROBLEMS and a count of the rest."""
+    ordered = sorted(problems, key=_place)
+    more = len(ordered) - MAX_PROBLEMS
+    if more <= 0:
+        return ordered
+    rest = Problem(f"and {more} more problem{'s' if more > 1 else ''}", next_step="mend these first")
+    return [*ordered[:MAX_PROBLEMS], rest]
+
+
+def _place(problem: Problem) -> tuple[bool, str, int]:
+    file, _, line = problem.where.rpartition(":")
+    return (False, file, int(line)) if line.isdecimal() else (True, "", 0)
+
+
+def compose(path: Path, name: str, find: Finder) -> tuple[Value, str]:
     """The document in `path` on top of what it extends, and its text with the extended ones as comments.
 
     Raises:
-        RecipeError: unreadable or not plain YAML, a parent that does not exist, or a circle of parents.
+        RecipeError: unreadable or not plain YAML, a parent that does not exist, a circle of parents or too many.
     """
-    text = read_text(path, name)
-    document = parse(text, name)
-    assert isinstance(document.content, dict)
-    parent = document.content.pop("extends", None)
-    if parent is None:
-        return document, text
-    found = _find_parent(parent, find, path)
-    chain = (*chain, path.resolve())
-    if found[0].resolve() in chain:
-        circle = " → ".join(step.name for step in (*chain, found[0]))
+    documents, text, chain = list[Value](), "", list[Path]()
+    while True:
+        own = read_text(path, name)
+        document = parse(own, name)
+        assert isinstance(document.content, dict)
+        parent = document.content.pop("extends", None)
+        text = f"{text.rstrip()}\n\n# extends {name}:\n{_as_comments(own)}" if documents else own
+        documents.append(document)
+        chain.append(path.resolve())
+        if parent is None:
+            return reduce(_merge, reversed(documents)), text
+        path, name = _find_parent(parent, find, path)
+        _refuse_chain(chain, path, parent)
+
+
+def _refuse_chain(chain: list[Path], path: Path, parent: Value) -> None:
+    if path.resolve() in chain:
+        circle = printable(" → ".join(step.name for step in (*chain, path)))
         raise RecipeError(Problem("recipes extend each other in a circle", parent.where(), got=circle))
-    below, below_text = compose(*found, find, chain)
-    return _merge(below, document), f"{text.rstrip()}\n\n# extends {found[1]}:\n{_as_comments(below_text)}"
+    if len(chain) == MAX_CHAIN:
+        what, expected = "too many recipes extend each other", f"at most {MAX_CHAIN} in a chain"
+        raise RecipeError(Problem(what, parent.where(), expected=expected, next_step="put some into one file"))
 
 
 def read_text(path: Path, name: str) -> str:
     """The text of a UTF-8 file of at most MAX_BYTES.
 
     Raises:
-        RecipeError: it cannot be read, is too large or is not UTF-8.
+        RecipeError: it is no regular file (a pipe would be waited for), cannot be read, is too large or not UTF-8.
     """
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            got = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+            raise RecipeError(Problem("is not a file", name, got=got))
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise RecipeError(Problem("cannot be read", name, got=str(error))) from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise RecipeError(Problem("cannot be read", name, got=reason or str(error))) from error
     if len(content) > MAX_BYTES:
         raise RecipeError(Problem("is too large for a recipe", name, expected=f"at most {MAX_BYTES} bytes"))
     try:
@@ -135,7 +196,7 @@ def parse(text: str, name: str) -> Value:
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_yaml_problem(error, name)) from None
     except (ValueError, OverflowError) as error:  # escapes that stand for no character
-        raise RecipeError(Problem("is not valid YAML", name, got=str(error))) from None
+        raise RecipeError(Problem("is not valid YAML", name, got=str(error)[:MESSAGE])) from None
     got = "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
     raise RecipeError(Problem("is not a mapping", f"{name}:1", got=got, expected="`key: value` lines"))
 
@@ -170,7 +231,9 @@ def _yaml_problem(error: yaml.MarkedYAMLError, name: str) -> Problem:
     where = f"{name}:{mark.line + 1}" if mark else name
     message = ", ".join(part for part in (error.context, error.problem) if part)
     tab = "\\t" in message or "tab" in message
-    return Problem("is not valid YAML: " + message, where, next_step="indent with spaces" if tab else "")
+    if len(message) > MESSAGE:  # it quotes what it found
+        message = message[:MESSAGE] + "..."
+    return Problem("is not valid YAML: " + printable(message), where, next_step="indent with spaces" if tab else "")
 
 
 def _construct(node: yaml.Node, name: str, line: int) -> Value:
@@ -190,9 +253,12 @@ def _mapping(node: yaml.MappingNode, name: str) -> dict[str, Value]:
         if not isinstance(key, yaml.ScalarNode):
             raise RecipeError(Problem("a key is not text", f"{name}:{line}", expected="a plain name"))
         key.value.encode()  # a lone surrogate is no text
+        if len(key.value) > MAX_KEY_LENGTH:
+            got, expected = shown(key.value), f"at most {MAX_KEY_LENGTH} characters"
+            raise RecipeError(Problem("a key is too long", f"{name}:{line}", got, expected))
         if key.value in content:
             first = f"the first is in line {content[key.value].line}"
-            raise RecipeError(Problem(f"the key {key.value!r} is said twice", f"{name}:{line}", got=first))
+            raise RecipeError(Problem(f"the key {shown(key.value)} is said twice", f"{name}:{line}", got=first))
         content[key.value] = _construct(value, name, line)
     return content
 
@@ -211,13 +277,13 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
 
 def _find_parent(parent: Value, find: Finder, path: Path) -> tuple[Path, str]:
     if not isinstance(parent.content, str):
-        got, expected = repr(parent.plain), "the name or the path of one recipe"
+        got, expected = shown(parent.plain), "the name or the path of one recipe"
         raise RecipeError(Problem("`extends` does not name a recipe", parent.where(), got, expected))
     found = find(parent.content, path.parent)
     if found is None:
         raise RecipeError(
             Problem(
-                f"extends {parent.content!r}, which does not exist",
+                f"extends {shown(parent.content)}, which does not exist",
                 parent.where(),
                 expected="a built-in recipe, or a path relative to this file",
                 next_step="`quantize recipes list` shows the built-in ones",

@@ -26,18 +26,26 @@ def claimed(plan: Plan, out: Path, names: Sequence[str], overwrite: bool) -> Ite
     Raises:
         RecipeError: refused, and nothing was removed or written.
     """
+    check_output(plan, out, names, overwrite)
+    place = out.resolve()  # `.` has no name
+    lock = FileLock(place.with_name(f".{place.name}.bitroute.lock"))
     try:
-        check_output(plan, out, names, overwrite)
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out.with_name(f".{out.name}.bitroute.lock"))
-        with lock.acquire(timeout=0):
-            _clear(out, earlier_files(out))
-            yield
-        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.acquire(timeout=0)
+        _clear(out, earlier_files(out))
     except Timeout:
         raise RecipeError(
             Problem("another job is writing this folder", str(out), next_step="wait for it, or give another --out")
         ) from None
+    except OSError as error:
+        lock.release()
+        where = str(error.filename or out)
+        raise RecipeError(Problem("the output folder cannot be written", where, got=error.strerror or "")) from error
+    try:
+        yield
+    finally:
+        lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def check_output(plan: Plan, out: Path, names: Sequence[str], overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitroute.convert.document import parse, read_text
-from bitroute.convert.routing import Layers, Pattern
+from bitroute.convert.pattern import Layers, Pattern
 from bitroute.errors import Problem, RecipeError
 
 __all__ = ["ProbeInput", "Profile", "find_profile", "profiles"]
@@ -58,7 +58,10 @@ class ProbeInput:
 
 
 class Profile(_Strict):
+    """What is known of one class; `about` says where it is used, in one line for the documentation."""
+
     class_name: str = Field(alias="class")
+    about: str = ""
     roles: dict[Role, list[str]]
     keep: list[KeptLayers]
     inputs: dict[str, InputRecipe]

@@ -1,4 +1,4 @@
-"""`report.html`: the content of report.json as one page that needs no network, no other file and no script to be read."""
+"""`report.html`: the content of report.json as one page that needs no network, no other file and no script."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Shot:
-    """One sample of one candidate; original is the number of the shared picture, difference only where shown in full."""
+    """One sample of one candidate; original: the number of the shared picture; difference: only where shown in full."""
 
     rank: str
     sample: Mapping[str, Any]
@@ -121,7 +121,8 @@ def render(content: Mapping[str, Any], folder: Path) -> str:
         cell=lambda scores, metric: cell(scores[metric], digits[metric]),
         score=lambda sample, metric: _fixed(sample[metric], digits[metric]),
         marks=MARKS, titles=TITLES, explanations=EXPLANATIONS, higher_is_better=HIGHER_IS_BETTER,
-        plots=list(_plots(content)), worst_layers=WORST_LAYERS, highest_error=_highest_error(content), quality=WEBP_QUALITY, lossless_px=LOSSLESS_PX,
+        plots=list(_plots(content)), worst_layers=WORST_LAYERS, highest_error=_highest_error(content),
+        quality=WEBP_QUALITY, lossless_px=LOSSLESS_PX,
     )  # fmt: skip
 
 
@@ -148,7 +149,11 @@ def cell(summary: Mapping[str, Any], digits: int) -> Cell:
     mean = summary["mean"]
     sides = [] if mean["low"] == mean["high"] else [mean["low"], mean["high"]]
     bounds = [_fixed(side, digits) for side in sides]
-    note = f"{summary['identical']} more identical" if summary["identical"] and mean["value"] != "identical" else ""
+    note = (
+        f"{summary['identical']} more identical"
+        if summary["identical"] and mean["value"] != "identical"
+        else ""
+    )
     return Cell(_fixed(mean["value"], digits), f"[{', '.join(bounds)}]" if bounds else "", note)
 
 
@@ -166,7 +171,8 @@ def _gallery(candidate: Mapping[str, Any], originals: Originals, root: Path) -> 
         return Gallery([], [], 1)
     samples = sorted(candidate["samples"], key=lambda sample: sample["lpips"], reverse=True)
     images = {
-        sample["picture"]: open_picture(root, f"{candidate['pictures']}/{sample['picture']}") for sample in samples
+        sample["picture"]: open_picture(root, f"{candidate['pictures']}/{sample['picture']}")
+        for sample in samples
     }
     full = samples if len(samples) <= WORST + BEST else [*samples[:WORST], *samples[-BEST:]]
     names = [sample["picture"] for sample in full]
@@ -200,17 +206,25 @@ def _plots(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Markup]]:
 def _distributions(
     content: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[str, str, Markup]]:
-    how = "Better is to the {}. A dot is a sample, a bar the mean with its 95 % interval; dashed lines are the noise floor."
+    how = "Better is to the {}. A dot is a sample, a bar the mean with its 95 % interval; dashed: the noise floor."
     for metric, perfect, better in (("lpips", "0", "left"), ("psnr", "identical", "right")):
-        rows = [_strip(f"noise floor: {what}", scores[metric], metric, []) for what, scores in content["floor"].items()]
+        rows = [
+            _strip(f"noise floor: {what}", scores[metric], metric, [])
+            for what, scores in content["floor"].items()
+        ]
         rows += [_strip(c["name"], c["scores"][metric], metric, c["samples"]) for c in scored]
         heading = f"{TITLES[metric]} of each sample{', log scale' if metric == 'lpips' else ', dB'}"
-        plot = strips(rows, f"{heading}, for the noise floor and each candidate", perfect, log=metric == "lpips")
+        plot = strips(
+            rows, f"{heading}, for the noise floor and each candidate", perfect, log=metric == "lpips"
+        )
         yield heading, how.format(better), plot
 
 
 def _strip(name: str, summary: Mapping[str, Any], metric: str, samples: Iterable[Mapping[str, Any]]) -> Strip:
-    dots = [(_place(sample[metric], metric), f"{sample['prompt'][:80]}, seed {sample['seed']}") for sample in samples]
+    dots = [
+        (_place(sample[metric], metric), f"{sample['prompt'][:80]}, seed {sample['seed']}")
+        for sample in samples
+    ]
     mean, low, high = (_place(summary["mean"][key], metric) for key in ("value", "low", "high"))
     return Strip(name, dots, mean, low, high, floor=name.startswith("noise floor: ") and not dots)
 
@@ -236,12 +250,19 @@ def _size_plot(content: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]) 
 def _trajectory_plot(scored: Sequence[Mapping[str, Any]]) -> tuple[str, str, Markup]:
     series = [_trajectory(c["name"], c["trajectory"]["timesteps"]) for c in scored if c.get("trajectory")]
     how = "Relative error of the denoiser's output when each step starts from the original's latents; lower is better."
-    return "Error per denoising step", how, lines(series, "Relative error per denoising step") if series else Markup("")
+    return (
+        "Error per denoising step",
+        how,
+        lines(series, "Relative error per denoising step") if series else Markup(""),
+    )
 
 
 def _highest_error(content: Mapping[str, Any]) -> float:
     """Of any candidate's layers, so that their bars have one scale."""
-    return max((x["relative_error"] for c in content["candidates"] for x in c.get("layers") or []), default=0) or 1
+    return (
+        max((x["relative_error"] for c in content["candidates"] for x in c.get("layers") or []), default=0)
+        or 1
+    )
 
 
 def _trajectory(name: str, steps: Sequence[Mapping[str, Any]]) -> Line:

@@ -7,7 +7,13 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -169,6 +175,7 @@ def test_eight_bits_are_those_of_bitsandbytes(dtype: torch.dtype, kind: str) -> 
 
     assert_same_tensors({k: stored[k] for k in ("codes", "SCB")}, {"codes": codes, "SCB": amax})
     decoded = backend.decode(stored, spec_of(weight))
+    assert torch.equal(decoded, int8_vectorwise_dequant(codes, amax))
     assert torch.equal(decoded == 0, codes == 0)
     assert ((decoded - weight.half()).abs() <= amax[:, None] / 253).all()
 
@@ -185,8 +192,8 @@ def test_a_bitsandbytes_int8_layer_has_the_same_tensors_under_the_same_names() -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("amax", [65520.0, 1e6, 1e30])
-def test_a_row_beyond_the_range_of_fp16_keeps_its_accuracy(amax: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("amax", [1e-38, 1e-20, 1e-7, 6e-5, 65520.0, 1e6, 1e30, 1e37, 3.3e38])
+def test_a_row_outside_the_range_of_fp16_keeps_its_accuracy(amax: float, dtype: torch.dtype) -> None:
     weight = weight_of("gaussian", dtype)
     weight[2] *= amax / weight[2].abs().max()
     backend = create("bnb-int8")
@@ -197,3 +204,25 @@ def test_a_row_beyond_the_range_of_fp16_keeps_its_accuracy(amax: float, dtype: t
     assert (error <= weight.float().abs().amax(dim=1) / 235).all()
     untouched = backend.quantize(weight[3:])
     assert torch.equal(stored["codes"][3:], untouched["codes"])
+
+
+@pytest.mark.parametrize("amax", [2.0**-14, 65504.0])
+def test_a_row_at_the_edge_of_fp16_is_that_of_bitsandbytes(amax: float) -> None:
+    weight = weight_of("gaussian", torch.float32)
+    weight *= amax / weight.abs().amax(dim=1, keepdim=True)
+    weight[:, 0] = amax
+    codes, scale, _ = int8_vectorwise_quant(weight.half())
+    stored = create("bnb-int8").quantize(weight)
+    assert_same_tensors({k: stored[k] for k in ("codes", "SCB")}, {"codes": codes, "SCB": scale})
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_double_quantization_of_the_largest_numbers_beside_zeros_stays_finite(name: str) -> None:
+    largest = torch.finfo(torch.float32).max
+    weight = weight_of("gaussian", torch.float32).sign() * largest
+    weight[::9] = 0
+    weight[4] *= 0.93
+    backend = create(name)
+    decoded = backend.decode(backend.quantize(weight), spec_of(weight))
+    assert decoded.isfinite().all()
+    assert (decoded / largest - weight / largest).abs().max() < 0.02

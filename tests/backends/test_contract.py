@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from bitroute.backends import available, create, find
 from bitroute.backends.base import Backend, TensorSpec
+from bitroute.errors import BackendError
 
 SHAPE = (48, 384)  # every backend takes it
 SPEC = TensorSpec(SHAPE, torch.bfloat16)
@@ -64,6 +66,9 @@ def label(backend: Backend) -> str:
 
 BACKENDS = [create(name, **options) for name in available() for options in options_of(find(name))]
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=label)
+every_quantizing_backend = pytest.mark.parametrize(
+    "backend", [backend for backend in BACKENDS if "weight" not in backend.outputs(SPEC)], ids=label
+)
 
 
 def gaussian(shape: tuple[int, int] = SHAPE, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -95,7 +100,7 @@ def attached(backend: Backend, bias: bool = True) -> Any:
 
 @every_backend
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [SHAPE, (37, 384), (5, 96), (1, 64), (7, 100), (3, 33)])
+@pytest.mark.parametrize("shape", [SHAPE, (37, 384), (5, 96), (1, 64), (7, 100), (3, 33), (48, 1)])
 def test_a_shape_is_stored_as_planned_or_refused_by_name(
     backend: Backend, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -105,11 +110,48 @@ def test_a_shape_is_stored_as_planned_or_refused_by_name(
         named = [*map(str, shape), *(["one"] if 1 in shape else [])]
         assert shape != SHAPE
         assert any(number in sentence.split() or f"{number}," in sentence.split() for number in named), sentence
+        with pytest.raises(BackendError, match=re.escape(sentence)):
+            backend.quantize(weight)
         return
     planned, stored = backend.outputs(spec_of(weight)), backend.quantize(weight)
     assert {suffix: spec_of(tensor) for suffix, tensor in stored.items()} == planned
     decoded = backend.decode(stored, spec_of(weight))
     assert spec_of(decoded) == TensorSpec(shape, torch.float32)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0, 384), (48, 0)])
+def test_an_empty_weight_is_kept_or_refused_in_words(backend: Backend, shape: tuple[int, int]) -> None:
+    weight = torch.empty(shape, dtype=torch.bfloat16)
+    if backend.name == "keep":
+        assert backend.quantize(weight)["weight"].shape == shape
+        return
+    with pytest.raises(BackendError, match=re.escape(f"its weight is empty, {list(shape)}")):
+        backend.quantize(weight)
+
+
+@every_quantizing_backend
+def test_a_float64_weight_is_stored_as_its_float32(backend: Backend) -> None:
+    weight = gaussian(dtype=torch.float32)
+    assert_same(backend.quantize(weight.double()), backend.quantize(weight))
+    with pytest.raises(BackendError, match=r"1e\+60 does not fit float32"):
+        backend.quantize(torch.full(SHAPE, 1e60, dtype=torch.float64))
+
+
+@every_backend
+def test_a_transposed_weight_with_a_gradient_is_stored_like_any_other(backend: Backend) -> None:
+    weight = gaussian()
+    stored = backend.quantize(nn.Parameter(weight.t().contiguous()).t())
+    assert_same(stored, backend.quantize(weight))
+    assert not any(tensor.requires_grad for tensor in stored.values())
+
+
+@every_backend
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_no_input_gives_no_output(backend: Backend, batch: tuple[int, ...]) -> None:
+    x = torch.empty(*batch, SHAPE[1], dtype=torch.bfloat16)
+    result = backend.linear(x, backend.quantize(gaussian()), SPEC, None)
+    assert result.shape == (*batch, SHAPE[0])
 
 
 @every_backend
@@ -122,10 +164,14 @@ def test_blocks_of_rows_encode_to_the_same_bytes_as_the_whole(
     monkeypatch.setattr("bitroute.backends.base.BLOCK_ELEMENTS", 5 * weight.shape[1])
     assert len(list(backend.block_bounds(spec_of(weight)))) > 1
     blockwise = backend.quantize(weight)
-    assert blockwise.keys() == whole.keys()
-    for suffix, tensor in whole.items():
-        assert torch.equal(_bytes(blockwise[suffix]), _bytes(tensor)), suffix
+    assert_same(blockwise, whole)
     assert torch.equal(backend.decode(whole, spec_of(weight)), backend.decode(blockwise, spec_of(weight)))
+
+
+def assert_same(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert stored.keys() == expected.keys()
+    for suffix, tensor in expected.items():
+        assert torch.equal(_bytes(stored[suffix]), _bytes(tensor)), suffix
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -168,6 +214,26 @@ def test_harsh_weights_stay_finite(backend: Backend, kind: str, dtype: torch.dty
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["a tenth", "a few", "only"])
+def test_the_largest_numbers_decode_to_finite_ones_or_are_refused(
+    backend: Backend, kind: str, dtype: torch.dtype
+) -> None:
+    weight = gaussian(dtype=torch.float64)
+    weight /= weight.abs().max() * (10 if kind == "a tenth" else 1)
+    weight = ((weight.sign() if kind == "only" else weight) * torch.finfo(dtype).max).to(dtype)
+    try:
+        stored = backend.quantize(weight)
+    except BackendError as error:
+        assert kind != "a tenth" or backend.options == {"dtype": "float16"}
+        assert "does not fit" in str(error) or "too large" in str(error)
+        return
+    decoded = backend.decode(stored, spec_of(weight))
+    assert decoded.isfinite().all()
+    assert float((decoded.double() - weight.double()).norm() / weight.double().norm()) < 0.3
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_gaussian_weight_decodes_well_above_the_backends_floor(backend: Backend, dtype: torch.dtype) -> None:
     error = error_percent(backend, gaussian(dtype=dtype)) / 100
@@ -201,11 +267,7 @@ def test_the_attached_layer_has_exactly_the_stored_tensors(backend: Backend, bia
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(
-    "backend",
-    [backend for backend in BACKENDS if "weight" not in backend.outputs(SPEC)],
-    ids=label,
-)
+@every_quantizing_backend
 def test_casting_the_attached_layer_leaves_what_is_stored(backend: Backend, dtype: torch.dtype) -> None:
     layer = attached(backend)
     before = {suffix: tensor.clone() for suffix, tensor in layer.state_dict().items() if suffix != "bias"}
@@ -223,3 +285,8 @@ def test_the_native_record_names_every_output_once(backend: Backend) -> None:
     assert record is not None
     assert record.names.keys() == backend.outputs(SPEC).keys()
     assert len(set(record.names.values())) == len(record.names)
+
+
+def test_an_option_may_have_any_name() -> None:
+    with pytest.raises(BackendError, match="has no option 'name'"):
+        create("int8", **{"name": "nf4"})

@@ -98,6 +98,42 @@ def test_codes_scales_and_values_are_those_of_torchao(element: Element, scale: s
         assert torch.equal(decoded.bfloat16(), expected.dequantize(torch.bfloat16)), kind
 
 
+def top_of_float32() -> Tensor:
+    """Blocks whose largest magnitude is 2^127 times 1, 1 + 1/64, … 2 - 1/64, and the largest number of all."""
+    mantissas = torch.cat([1 + torch.arange(64) / 64, torch.tensor([2 - 2.0**-23])])
+    shares = torch.rand(65, 32, generator=torch.Generator().manual_seed(6)) * 2 - 1
+    shares[:, 5] = 1
+    return shares * mantissas[:, None] * 2.0**127
+
+
+@pytest.mark.parametrize("scale", RULES)
+@pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element.name)
+def test_the_largest_numbers_are_those_of_torchao_or_saturate_where_it_overflows(element: Element, scale: str) -> None:
+    weight = top_of_float32()
+    theirs = MXTensor.to_mx(weight, TORCHAO[element.name][1], scaling_mode=ScaleCalculationMode[RULES[scale]])
+    expected = theirs.dequantize(torch.float32)
+    backend = mx(element, scale)
+    decoded = backend.decode(backend.quantize(weight), spec_of(weight))
+    overflows = expected.isinf().any(dim=1)
+    assert overflows.any() == (scale != "absmax")
+    assert torch.equal(decoded[~overflows], expected[~overflows])
+    largest = element.max * 2.0 ** (127 - element.max_exponent)
+    assert (decoded[overflows].abs().amax(dim=1) == largest).all()
+    assert torch.equal(decoded[overflows], backend_absmax(element, weight)[overflows])
+
+
+def backend_absmax(element: Element, weight: Tensor) -> Tensor:
+    backend = mx(element, "absmax")
+    return backend.decode(backend.quantize(weight), spec_of(weight))
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=lambda element: element.name)
+def test_the_search_never_chooses_a_scale_that_overflows(element: Element) -> None:
+    weight = top_of_float32()
+    searched, plain = (block_errors(mx(element, scale), weight, Statistics()) for scale in ("mse", "absmax"))
+    assert (searched <= plain * (1 + 1e-5)).all()
+
+
 def packed(codes: list[int], element: Element) -> Tensor:
     """The documented layout: a byte or three hold a little-endian number, the first code lowest."""
     width = {4: 1, 6: 3, 8: 1}[element.bits]

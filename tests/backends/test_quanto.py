@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitroute.backends import create
 from bitroute.backends.base import Backend, TensorSpec
+from bitroute.errors import BackendError
 
 QTYPES = {
     "quanto-int8": optimum.quanto.qint8,
@@ -137,3 +138,13 @@ def test_int4_refuses_groups_of_128_in_rows_that_the_kernel_cannot_take() -> Non
 @pytest.mark.parametrize("name", QTYPES)
 def test_a_layer_with_one_output_is_refused(name: str) -> None:
     assert "one output" in str(create(name).refuse(TensorSpec((1, 64), torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int4_refuses_a_group_whose_range_overflows(dtype: torch.dtype) -> None:
+    backend, weight = create("quanto-int4"), weight_of("gaussian", dtype)
+    weight[3, :2] = torch.tensor([3.3e38, -3.3e38])
+    with pytest.raises(BackendError, match="values too large for quanto-int4"):
+        backend.quantize(weight)
+    weight[3, 1] = 0
+    assert backend.decode(backend.quantize(weight), spec_of(weight)).isfinite().all()

@@ -169,6 +169,28 @@ def test_an_unknown_device_is_refused_before_anything_is_written(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_the_current_folder_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert verify(quantize("tiny-flux-fp8", out="."), load=False).problems == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
+
+
+def test_two_jobs_do_not_write_one_folder_at_once(tmp_path: Path) -> None:
+    planned = plan("tiny-flux-fp8")
+    refusals: list[str] = []
+
+    def start_another(done_bytes: int, what: str) -> None:
+        if not refusals:
+            refusals.append(
+                refusal(RecipeError, "tiny-flux-fp8", "builtin:tiny-flux", tmp_path / "out", overwrite=True)
+            )
+
+    run(planned, tmp_path / "out", progress=start_another)
+    assert "another job is writing this folder" in refusals[0]
+    assert verify(tmp_path / "out", load=False).problems == []
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_not_finite_stops_the_job_with_its_name(source: Path, value: float) -> None:
     layer = "single_transformer_blocks.3.proj_out"
@@ -205,7 +227,7 @@ def test_a_source_that_shrinks_after_planning_is_a_source_error(source: Path) ->
 def test_a_copied_file_that_vanishes_after_planning_is_named(source: Path) -> None:
     planned = plan("tiny-flux-fp8", str(source))
     (source / "vae" / "config.json").unlink()
-    with pytest.raises(JobError, match=r"source/vae/config\.json: the job cannot write its output"):
+    with pytest.raises(SourceError, match=r"source/vae/config\.json: cannot read a file that is to be copied"):
         run(planned, source.parent / "out")
     assert not (source.parent / "out" / "bitroute.json").exists()
     assert not (source.parent / "out" / "model_index.json").exists()

@@ -50,6 +50,11 @@ def edit(out: Path, **changes: Any) -> None:
     (out / "bitroute.json").write_text(json.dumps({**content, **changes}))
 
 
+def misread(found: Verification) -> list[str]:
+    """What is said of weights; every damage is also a changed file."""
+    return [str(problem) for problem in found.problems if "does not hold its weight" in problem.what]
+
+
 def words(found: Verification) -> str:
     return "\n".join(str(problem) for problem in found.problems)
 
@@ -75,7 +80,7 @@ def test_a_zeroed_layer_is_named(output: Path) -> None:
     found = damaged(output, lambda tensors: fill(tensors[f"{LAYER}._weight_qdata"].view(torch.uint8), 0))
     assert f"tensor '{LAYER}.weight' does not hold its weight" in words(found)
     assert "SQNR 0.0 dB" in words(found)
-    assert len(found.problems) == 1
+    assert len(misread(found)) == 1
 
 
 def test_swapped_nibbles_are_named(nvfp4: Path) -> None:
@@ -83,7 +88,7 @@ def test_swapped_nibbles_are_named(nvfp4: Path) -> None:
         codes = tensors[f"{NVFP4_LAYER}._weight_qdata"]
         tensors[f"{NVFP4_LAYER}._weight_qdata"] = (codes >> 4) | (codes << 4)
 
-    assert [NVFP4_LAYER in str(problem) for problem in damaged(nvfp4, swap).problems] == [True]
+    assert [NVFP4_LAYER in problem for problem in misread(damaged(nvfp4, swap))] == [True]
 
 
 def test_reversed_scales_are_named(output: Path, nvfp4: Path) -> None:
@@ -93,7 +98,7 @@ def test_reversed_scales_are_named(output: Path, nvfp4: Path) -> None:
             tensors[name] = tensors[name].view(torch.uint8).flip(-1).contiguous().view(tensors[name].dtype) \
                 if tensors[name].shape[-1] > 4 else tensors[name].flip(0)  # fmt: skip
 
-        assert [layer in str(problem) for problem in damaged(out, reverse).problems] == [True]
+        assert [layer in problem for problem in misread(damaged(out, reverse))] == [True]
 
 
 def test_the_layers_of_two_blocks_exchanged_are_both_named(output: Path) -> None:
@@ -102,7 +107,7 @@ def test_the_layers_of_two_blocks_exchanged_are_both_named(output: Path) -> None
             one, two = f"transformer_blocks.0.attn.to_k.{part}", f"transformer_blocks.1.attn.to_k.{part}"
             tensors[one], tensors[two] = tensors[two], tensors[one]
 
-    assert len(damaged(output, exchange).problems) == 2
+    assert len(misread(damaged(output, exchange))) == 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -117,8 +122,9 @@ def test_one_changed_bit_of_a_kept_tensor_is_named(output: Path) -> None:
         tensors["x_embedder.weight"].view(torch.uint8).view(-1)[-2] ^= 1
 
     found = damaged(output, flip)
-    assert [problem.what for problem in found.problems] == ["tensor 'x_embedder.weight' does not hold its weight"]
-    assert found.problems[0].got == "other values than the source"
+    assert len(misread(found)) == 1
+    assert "tensor 'x_embedder.weight'" in misread(found)[0]
+    assert "other values than the source" in misread(found)[0]
 
 
 def test_missing_extra_and_recast_tensors_are_named(output: Path) -> None:
@@ -143,8 +149,8 @@ def test_missing_and_changed_copies_are_named(output: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     found = words(verify(output, load=False))
-    assert "the copied file tokenizer/tokenizer.json is missing" in found
-    assert "the copied file scheduler/scheduler_config.json is missing or changed" in found
+    assert "the file tokenizer/tokenizer.json is missing" in found
+    assert "the file scheduler/scheduler_config.json was changed after the job" in found
     assert "the copied file vae/diffusion_pytorch_model.safetensors differs from its source" in found
 
 
@@ -260,7 +266,7 @@ def test_a_component_too_large_for_the_free_memory_is_not_loaded(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(400_000_000))
     found = verify(convert("tiny-flux-fp8"))
     assert found.problems == []
-    assert found.components["transformer"] == "not loaded (needs 0.5 GB of memory, 0.4 are free)"
+    assert found.components["transformer"].endswith("not loaded (needs 0.5 GB of memory, 0.4 are free)")
 
 
 def test_a_layer_of_zeros_is_exact_in_every_format(source: Path, write_recipe: Callable[[str], str]) -> None:
