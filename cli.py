@@ -17,8 +17,12 @@ from bitroute.convert.noise import quiet
 from bitroute.errors import BitrouteError, Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bitroute.convert.plan import Plan
     from bitroute.convert.verify import Verification
+    from bitroute.eval.gate import Limit
+    from bitroute.eval.sampling import Sampling
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -99,7 +103,7 @@ def main(
     quantize --recipe flux-fp8 --model ./FLUX.1-dev --dry-run      the plan alone
     quantize --recipe flux-fp8 --model ./FLUX.1-dev --out ./flux-fp8
 
-    Exit codes: 0 done, 1 the job failed, 2 usage or recipe refused, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 usage or recipe refused, 3 the quality gate failed, 130 interrupted.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -225,13 +229,66 @@ def show_doctor(as_json: bool) -> None:
     _print(found, as_json, diagnosis_text(found))
 
 
+@main.command("eval", context_settings=CONTEXT)
+@click.argument("original")
+@click.argument("quantized", nargs=-1, required=True)
+@click.option("--prompts", default="emoji-16", show_default=True, help="A prompt set, or a text file, one a line.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
+@click.option("--seeds", default="0", show_default=True, help="One picture of each prompt per seed: 0,1,2.")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps  [default: the pipeline's]")
+@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the pipeline's]")
+@click.option("--call", multiple=True, metavar="NAME=VALUE", help="Any other argument of the pipeline.")
+@click.option("--gate", help="Limits on the means: lpips<0.1,psnr>28; exit code 3 where one fails.")
+@click.option("--device", default="cpu", show_default=True, help="Where the pipelines run: cpu, cuda, mps.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="torch threads; recorded.")
+@click.option("--own-text", is_flag=True, help="Candidates encode prompts with their own text encoders.")
+@JSON
+@click.pass_context
+def evaluate_folders(
+    ctx: click.Context, original: str, quantized: tuple[str, ...], prompts: str, out: Path, seeds: str,
+    steps: int | None, size: str | None, call: tuple[str, ...], gate: str | None, device: str, threads: int,
+    own_text: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Is it still good? QUANTIZED against ORIGINAL.
+
+    Draws the same prompts and seeds with every pipeline, measures LPIPS, PSNR, SSIM and MS-SSIM beside the noise
+    floor, and writes report.html and report.json. Exit codes: 0 good, 1 broken, 3 the gate failed.
+    """
+    from bitroute.eval.gate import parse_gate
+    from bitroute.eval.sampling import Sampling, call_arguments, parse_seeds, read_prompts
+
+    limits = parse_gate(gate)
+    arguments = call_arguments(call, steps, size)
+    sampling = Sampling(read_prompts(prompts), parse_seeds(seeds), arguments, device, threads)
+    ctx.exit(_evaluate(original, quantized, sampling, limits, out, not own_text, as_json))
+
+
+def _evaluate(
+    original: str, quantized: Sequence[str], sampling: Sampling, limits: Sequence[Limit], out: Path,
+    share_text: bool, as_json: bool,
+) -> int:  # fmt: skip
+    """Writes the report; the exit code."""
+    from bitroute.eval.evaluate import evaluate
+    from bitroute.eval.page import write_page
+    from bitroute.eval.report import table, write_report
+
+    def report(what: str) -> None:
+        click.echo(f"drawing: {what}", err=True)
+
+    found = evaluate(original, quantized, sampling, limits=limits, share_text=share_text, progress=report)
+    content = write_report(found, out)
+    page = write_page(content, out)
+    _print(content, as_json, f"{table(found)}\n\n{content['verdict']}\nreport: {page}")
+    broken = any(candidate.tripwires for candidate in found.candidates)
+    return 1 if broken else 0 if found.passed else 3
+
+
 def _run(planned: Plan, out: Path, device: str, overwrite: bool, as_json: bool) -> None:
     from bitroute.convert.job import run
     from bitroute.convert.progress import Bar
-    from bitroute.convert.table import plan_table
 
     if not as_json:
-        _console().print(plan_table(planned))
+        _print_table(planned)
     total = sum(component.source_bytes for component in planned.components)
     with Bar("quantizing", total) as bar:
         run(planned, out, device=device, overwrite=overwrite, progress=bar.advance)
@@ -248,12 +305,11 @@ def _verify(folder: Path, model: str | None, *, load: bool) -> Verification:
 
 def _print_plan(planned: Plan, as_json: bool) -> None:
     from bitroute.convert.describe import describe
-    from bitroute.convert.table import plan_table
 
     if as_json:
         click.echo(json.dumps(describe(planned), indent=1))
     else:
-        _console().print(plan_table(planned))
+        _print_table(planned)
 
 
 def _print_result(planned: Plan, out: Path, found: Verification | None, as_json: bool) -> None:
@@ -269,11 +325,14 @@ def _print(content: Any, as_json: bool, text: str) -> None:
     click.echo(json.dumps(content, indent=1, default=str) if as_json else text)
 
 
-def _console() -> Any:
-    """Stdout; a pipe or a file gets lines wide enough not to be folded."""
+def _print_table(planned: Plan) -> None:
+    """A pipe or a file gets lines wide enough not to be folded."""
     from rich.console import Console
 
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    from bitroute.convert.table import plan_table
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console.print(plan_table(planned, console.width))
 
 
 def _again(ctx: click.Context) -> str:

@@ -10,9 +10,9 @@
     mse     of absmax, one more and one less the least squared error, weighted by the mean square of each input
             where calibration measured it; absmax unless another is strictly better
 
-Beyond 2.9e38 the largest elements may round up to infinity in torchao; here such a block has half the scale, and
-they saturate at the largest element. An all-zero block has byte 0. Two other things are as in torchao: blocks below 2^-124 encode by 2^-126 where byte 0
-decodes by 2^-127, and rceil encodes such blocks unscaled.
+An all-zero block has byte 0. Two things are as in torchao: blocks below 2^-124 encode by 2^-126 where byte 0
+decodes by 2^-127, and rceil encodes such blocks unscaled. One is not: where the largest elements of a block, near
+the end of float32, decode to infinity in torchao, the block has the scale of absmax here, and they saturate.
 """
 
 from __future__ import annotations

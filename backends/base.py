@@ -128,7 +128,7 @@ class Backend(ABC):
         return {option.name: values[option.name] for option in fields if values[option.name] != option.default}
 
     def refuse(self, weight: TensorSpec) -> str | None:
-        """Why this format cannot hold such a weight ([out, in]), or None. Formats with reasons of their own ask here first."""
+        """Why this format cannot hold such a weight ([out, in]), or None; what no format can hold is refused here."""
         if not weight.dtype.is_floating_point:
             return f"its weight is {weight.dtype}, not a float"
         return f"its weight is empty, {list(weight.shape)}" if weight.numel == 0 else None
@@ -204,7 +204,7 @@ class Backend(ABC):
             yield self.arithmetic(weight.detach()[start:stop].contiguous())
 
     def block_bounds(self, weight: TensorSpec) -> Iterator[tuple[int, int]]:
-        """Row ranges that cover the weight, each about BLOCK_ELEMENTS elements; one empty range where it has no rows."""
+        """Row ranges that cover the weight, each about BLOCK_ELEMENTS elements; without rows a single empty one."""
         rows, columns = weight.shape
         multiple = self.rows_multiple(weight)
         step = max(multiple, BLOCK_ELEMENTS // max(columns, 1) // multiple * multiple)
@@ -241,25 +241,27 @@ def cast(rows: Tensor, dtype: torch.dtype, next_step: str = KEEP_IT) -> Tensor:
 class UndecodedWeight(Tensor):
     """Stands for the weight of a layer: its shape, dtype and device cost nothing, anything else decodes it."""
 
-    free: ClassVar = {Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.size, Tensor.dim}  # type: ignore[attr-defined]
+    free: ClassVar = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device")} | {
+        Tensor.size,
+        Tensor.dim,
+    }
     layer: QuantizedLinear
 
-    @staticmethod
-    def __new__(cls, layer: QuantizedLinear) -> UndecodedWeight:
+    def __new__(cls, layer: QuantizedLinear) -> Self:
         make: Any = Tensor._make_wrapper_subclass
         device = next(iter(layer.stored.values())).device
-        made: UndecodedWeight = make(cls, layer.spec.shape, dtype=layer.spec.dtype, device=device)
+        made: Self = make(cls, layer.spec.shape, dtype=layer.spec.dtype, device=device)
         made.layer = layer
         return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in cls.free:
-            return super().__torch_function__(func, types, args, kwargs)
-        return cls.__torch_dispatch__(func, types, args, kwargs)
+        parent: Any = super()
+        decides = parent.__torch_function__ if func in cls.free else cls.__torch_dispatch__
+        return decides(func, types, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         decoded = tree_map_only(cls, lambda weight: weight.layer.decoded(), (args, kwargs or {}))
         return func(*decoded[0], **decoded[1])
 

@@ -1,8 +1,9 @@
 """LLM.int8() weights: INT8 with the absolute maximum of each row, by bitsandbytes.
 
-SCB = amax of the row, q = round(w · 127 / SCB), ŵ = q · SCB / 127, from w rounded to fp16. A row whose amax
-is outside the normal range of fp16 (6.1e-5 to 65504) is scaled by a power of two on the way, where bitsandbytes
-stores inf or loses digits. In the native container the activations are quantized too, save columns above llm_int8_threshold; in bitroute's only the weight is.
+SCB = amax of the row, q = round(w · 127 / SCB), ŵ = q · SCB / 127, from w rounded to fp16. A row whose amax is
+outside the normal range of fp16 (6.1e-5 to 65504) is scaled by a power of two on the way, where bitsandbytes loses
+digits or stores inf. In the native container the activations are quantized too, save columns above
+llm_int8_threshold; in bitroute's only the weight is.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class BnbInt8(Backend):
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
         power = _power(rows)
         codes, amax, _ = int8_vectorwise_quant((rows.float() * power).half())
-        # fp16 may round amax up, beyond float32; a zero row is divided by its amax, and what an integer makes of NaN depends on the processor
-        return {"codes": codes.masked_fill(amax[:, None] == 0, 0), "SCB": (amax / power[:, 0]).clamp_(max=FLOAT32_MAX)}
+        scale = (amax / power[:, 0]).clamp_(max=FLOAT32_MAX)  # fp16 may have rounded amax up, beyond float32
+        # a zero row is divided by its amax, and what an integer makes of NaN depends on the processor
+        return {"codes": codes.masked_fill(amax[:, None] == 0, 0), "SCB": scale}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
         decoded: Tensor = int8_vectorwise_dequant(stored["codes"], stored["SCB"] / HEADROOM)

@@ -13,6 +13,7 @@ from bitroute.convert.architecture import Architecture, build
 from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline
 from bitroute.convert.container import Container, choose
 from bitroute.convert.copies import copies
+from bitroute.convert.document import sorted_problems
 from bitroute.convert.entry import Entry
 from bitroute.convert.layout import StoredTensor
 from bitroute.convert.profile import find_profile
@@ -160,7 +161,7 @@ def plan(recipe: str, model: str | None = None) -> Plan:
     copied, found = copies(pipeline, [component.name for component in components])
     problems += found
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(sorted_problems(problems))
     return Plan(file, pipeline, tuple(components), copied)
 
 
@@ -176,7 +177,7 @@ def open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Probl
     try:
         return open_pipeline(model)
     except SourceError as error:
-        raise RecipeError([*problems, *error.problems]) from error
+        raise RecipeError(sorted_problems([*problems, *error.problems])) from error
 
 
 def _plan_component(

@@ -120,7 +120,9 @@ class ComponentRecipe(_Strict):
         description="The layers that no rule touches: what the `profile` of the model class keeps, a list of "
         "patterns in its place, or `none`.",
     )
-    rules: list[Rule] = Field([], description="Tried from the top for every layer; the first that matches wins.")
+    rules: list[Rule] = Field(
+        [], max_length=MAX_RULES, description="Tried from the top for every layer; the first that matches wins."
+    )
     container: Literal["auto", "native", "bitroute"] = Field(
         "auto",
         description="How the component is stored: `native` loads in plain diffusers, `bitroute` holds any "

@@ -121,7 +121,7 @@ class _Router:
             self.problems += [Problem(p.what, place, p.got, p.expected, p.next_step) for p in error.problems]
             return []
         self.cost += pattern.cost
-        if self.cost > MAX_COST:
+        if pattern.cost and self.cost > MAX_COST:
             self._report(self._too_costly, text, place)
             return []
         names, outside = self.layers.matching(pattern), self.layers.outside(pattern)

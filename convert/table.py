@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,40 @@ from bitroute.convert.plan import ComponentPlan, Plan
 from bitroute.convert.verify import Verification
 
 REST = "norms, embeddings, biases"
+COLUMNS = {  # column → the terminal width from which it is shown
+    "layers": 0, "role": 140, "rule": 100, "backend": 0, "shape": 120, "bits": 0, "before": 140, "after": 0,
+}  # fmt: skip
+NUMBERS = {"bits", "before", "after"}
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """Every component and its layers, folded; then totals and what loading will need."""
+def plan_table(plan: Plan, width: int = 160) -> RenderableType:
+    """Every component and its layers, folded; then totals and what loading will need.
+
+    width: of the terminal, in columns; narrow ones lose the columns that can be looked up elsewhere.
+    """
+    columns = [column for column, from_width in COLUMNS.items() if width >= from_width]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layers", overflow="fold")
-    for heading in ("role", "rule", "backend", "shape"):
-        table.add_column(heading)
-    for heading in ("bits", "before", "after"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right" if column in NUMBERS else "left", no_wrap=column in NUMBERS)
     for component in plan.components:
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in component_rows(component)]
+        taken = sum(max(len(row[column]) for row in rows) + 1 for column in columns[1:])
         table.add_row(f"[bold]{escape(component.name)}[/bold] ({component.container.name} folder)")
-        for row in component_rows(component):
-            table.add_row(*map(escape, row))
+        for row in rows:
+            row["layers"] = broken_at_dots(row["layers"], max(width - taken - 8, 24))
+            table.add_row(*(escape(row[column]) for column in columns))
         table.add_section()
     return Group(table, Text(), Text(plan_summary(plan)))
+
+
+def broken_at_dots(name: str, width: int) -> str:
+    """A layer name over several lines, broken behind dots and commas."""
+    lines = [""]
+    for part in re.findall(r"[^.,]*[.,]?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def component_rows(component: ComponentPlan) -> Iterable[Sequence[str]]:

@@ -149,11 +149,7 @@ def cell(summary: Mapping[str, Any], digits: int) -> Cell:
     mean = summary["mean"]
     sides = [] if mean["low"] == mean["high"] else [mean["low"], mean["high"]]
     bounds = [_fixed(side, digits) for side in sides]
-    note = (
-        f"{summary['identical']} more identical"
-        if summary["identical"] and mean["value"] != "identical"
-        else ""
-    )
+    note = f"{summary['identical']} more identical" if summary["identical"] and mean["value"] != "identical" else ""
     return Cell(_fixed(mean["value"], digits), f"[{', '.join(bounds)}]" if bounds else "", note)
 
 
@@ -171,8 +167,7 @@ def _gallery(candidate: Mapping[str, Any], originals: Originals, root: Path) -> 
         return Gallery([], [], 1)
     samples = sorted(candidate["samples"], key=lambda sample: sample["lpips"], reverse=True)
     images = {
-        sample["picture"]: open_picture(root, f"{candidate['pictures']}/{sample['picture']}")
-        for sample in samples
+        sample["picture"]: open_picture(root, f"{candidate['pictures']}/{sample['picture']}") for sample in samples
     }
     full = samples if len(samples) <= WORST + BEST else [*samples[:WORST], *samples[-BEST:]]
     names = [sample["picture"] for sample in full]
@@ -208,23 +203,15 @@ def _distributions(
 ) -> Iterator[tuple[str, str, Markup]]:
     how = "Better is to the {}. A dot is a sample, a bar the mean with its 95 % interval; dashed: the noise floor."
     for metric, perfect, better in (("lpips", "0", "left"), ("psnr", "identical", "right")):
-        rows = [
-            _strip(f"noise floor: {what}", scores[metric], metric, [])
-            for what, scores in content["floor"].items()
-        ]
+        rows = [_strip(f"noise floor: {what}", scores[metric], metric, []) for what, scores in content["floor"].items()]
         rows += [_strip(c["name"], c["scores"][metric], metric, c["samples"]) for c in scored]
         heading = f"{TITLES[metric]} of each sample{', log scale' if metric == 'lpips' else ', dB'}"
-        plot = strips(
-            rows, f"{heading}, for the noise floor and each candidate", perfect, log=metric == "lpips"
-        )
+        plot = strips(rows, f"{heading}, for the noise floor and each candidate", perfect, log=metric == "lpips")
         yield heading, how.format(better), plot
 
 
 def _strip(name: str, summary: Mapping[str, Any], metric: str, samples: Iterable[Mapping[str, Any]]) -> Strip:
-    dots = [
-        (_place(sample[metric], metric), f"{sample['prompt'][:80]}, seed {sample['seed']}")
-        for sample in samples
-    ]
+    dots = [(_place(sample[metric], metric), f"{sample['prompt'][:80]}, seed {sample['seed']}") for sample in samples]
     mean, low, high = (_place(summary["mean"][key], metric) for key in ("value", "low", "high"))
     return Strip(name, dots, mean, low, high, floor=name.startswith("noise floor: ") and not dots)
 
@@ -259,10 +246,7 @@ def _trajectory_plot(scored: Sequence[Mapping[str, Any]]) -> tuple[str, str, Mar
 
 def _highest_error(content: Mapping[str, Any]) -> float:
     """Of any candidate's layers, so that their bars have one scale."""
-    return (
-        max((x["relative_error"] for c in content["candidates"] for x in c.get("layers") or []), default=0)
-        or 1
-    )
+    return max((x["relative_error"] for c in content["candidates"] for x in c.get("layers") or []), default=0) or 1
 
 
 def _trajectory(name: str, steps: Sequence[Mapping[str, Any]]) -> Line:

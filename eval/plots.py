@@ -154,9 +154,7 @@ def lines(series: Sequence[Line], label: str) -> Markup:
     values += [bound for line in series for _, *bounds in line.band for bound in bounds]
     log = min(values) > 0 and max(values) / min(values) > 10
     bottom, right = max(200.0, 16.0 * len(series) + 20), WIDTH - 84
-    y_axis = (
-        Axis.around(values, bottom - 4, 14, log) if log else Axis(0, max(values) * 1.05 or 1, bottom - 4, 14)
-    )
+    y_axis = Axis.around(values, bottom - 4, 14, log) if log else Axis(0, max(values) * 1.05 or 1, bottom - 4, 14)
     steps = [x for line in series for x, _ in line.points]
     x_axis = Axis(min(steps), max(max(steps), min(steps) + 1), 44, right)
     parts = [_x_axis(x_axis, bottom), _y_axis(y_axis, right)]
@@ -188,9 +186,7 @@ def _line(line: Line, x_axis: Axis, y_axis: Axis, index: int) -> Markup:
         around = [(x, low) for x, low, _ in line.band] + [(x, high) for x, _, high in reversed(line.band)]
         parts.append(tag("polygon", points=_path(around, x_axis, y_axis), class_="band"))
     dashes = {} if index < COLORS else {"stroke_dasharray": "5 3"}
-    parts.append(
-        tag("polyline", tag("title", line.name), points=_path(line.points, x_axis, y_axis), **dashes)
-    )
+    parts.append(tag("polyline", tag("title", line.name), points=_path(line.points, x_axis, y_axis), **dashes))
     return tag("g", *parts, class_=f"line c{index % COLORS}")
 
 
@@ -206,9 +202,7 @@ def _labels(spots: Sequence[Spot], places: Sequence[Point]) -> list[Point]:
         width = LABEL_PX * len(_spot_label(spot))
         tries = [(x + 8, y + 4), (x - 8 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 18)]
         boxes = [(left, base - 9, left + width, base + 2) for left, base in tries]
-        free = [
-            box for box in boxes if box[0] > 38 and box[2] < WIDTH and not any(_cover(box, o) for o in taken)
-        ]
+        free = [box for box in boxes if box[0] > 38 and box[2] < WIDTH and not any(_cover(box, o) for o in taken)]
         box = (free or boxes)[0]
         taken.append(box)
         found.append((box[0], box[3] - 2))
@@ -267,6 +261,4 @@ def _text(x: float, y: float, words: str, *, anchor: str = "start", class_: str 
 
 
 def _svg(height: float, label: str, parts: Sequence[Markup]) -> Markup:
-    return tag(
-        "svg", *parts, viewBox=f"0 0 {WIDTH} {height:.0f}", class_="plot", role="img", aria_label=label
-    )
+    return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {height:.0f}", class_="plot", role="img", aria_label=label)

@@ -61,13 +61,13 @@ def candidate_verdict(candidate: Candidate, evaluation: Evaluation) -> str:
     scores = candidate.scores
     if candidate.closeness == "identical":
         return f"{candidate.name} draws pictures identical to the original's."
-    means = ", ".join(f"{TITLES[m]} {words(m, _mean(scores, m))}" for m in ("lpips", "psnr"))
+    means = f"LPIPS {words('lpips', _mean(scores, 'lpips'))}, PSNR {words('psnr', _mean(scores, 'psnr'))} dB"
     floor = min(found.mean("psnr") for found in evaluation.floor.values())
     within = "within" if candidate.closeness else "outside"
-    near = "cannot be told from the original: " if candidate.closeness else ""
+    near = "cannot be told from the original" if candidate.closeness else "can be told from the original"
     failed = [str(limit) for limit in candidate.limits if not limit.holds(scores.mean(limit.metric))]
     gate = f" It fails the gate: {', '.join(failed)}." if failed else " It passes the gate." if candidate.limits else ""
-    return f"{candidate.name} {near}{means}, {within} the noise floor ({words('psnr', _number(floor))} dB).{gate}"
+    return f"{candidate.name} {near}: {means}, {within} the noise floor of {floor:.1f} dB.{gate}"
 
 
 def table(evaluation: Evaluation) -> str:
@@ -130,7 +130,3 @@ def _folder_name(candidate: Candidate) -> str:
 
 def _mean(scores: Scores, metric: str) -> Mean:
     return scores.summary(metric).mean
-
-
-def _number(value: float) -> Mean:
-    return Mean(value, None, None, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
@@ -89,6 +89,39 @@ def read_prompts(name_or_file: str) -> tuple[str, ...]:
     if not prompts:
         raise RecipeError(Problem("no prompt in this file", str(file), expected="one prompt a line"))
     return prompts
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` → (0, 1, 2). Raises RecipeError for anything else, and for a seed twice."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise RecipeError(Problem("not a list of seeds", "--seeds", got=repr(text), expected="0 or 0,1,2"))
+    return tuple(int(part) for part in parts)
+
+
+def call_arguments(call: Sequence[str], steps: int | None = None, size: str | None = None) -> dict[str, Any]:
+    """The pipeline's arguments from NAME=VALUE texts (values as JSON, else text), steps and WIDTHxHEIGHT.
+
+    Raises:
+        RecipeError: a text without `=`, or a size that is not two numbers.
+    """
+    arguments: dict[str, Any] = {"num_inference_steps": steps} if steps else {}
+    if size is not None:
+        width, _, height = size.lower().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise RecipeError(
+                Problem("not a size", "--size", got=repr(size), expected="WIDTHxHEIGHT, such as 1024x768")
+            )
+        arguments |= {"width": int(width), "height": int(height)}
+    for text in call:
+        name, separator, value = text.partition("=")
+        if not separator or not name.isidentifier():
+            raise RecipeError(Problem("not an argument", "--call", got=repr(text), expected="NAME=VALUE"))
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
 
 
 def _identity(folder: Path) -> list[Any]:

@@ -67,12 +67,21 @@ def score(samples: Sequence[Sample], originals: Sequence[Tensor], others: Sequen
 
 
 def words(metric: str, mean: Mean) -> str:
-    """`0.0123 [0.0100, 0.0150]`, `48.6 dB`, or `identical`."""
-    digits = 1 if metric == "psnr" else 4
+    """`0.00021 [0.00012, 0.00031]`, `48.6 [47.9, 49.2]`, or `identical`."""
     if math.isinf(mean.value):
         return format_db(mean.value)
+    digits = _digits(metric, mean)
     interval = "" if mean.low is None else f" [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
     return f"{mean.value:.{digits}f}{interval}"
+
+
+def _digits(metric: str, mean: Mean) -> int:
+    """Decimals that show two figures of a distance, and where a similarity leaves 1."""
+    if metric == "psnr":
+        return 1
+    if metric != "lpips":
+        return 4
+    return min(max(1 - math.floor(math.log10(mean.value)), 2), 6) if mean.value > 0 else 2
 
 
 def plain(value: Any) -> Any:

@@ -5,13 +5,11 @@ python -m bitroute.eval.sheet builtin:tiny-flux ./tiny-flux-fp8 --prompt "red ap
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import click
 from PIL import Image, ImageDraw, ImageFont
@@ -23,7 +21,7 @@ from bitroute.convert.table import size
 from bitroute.errors import BitrouteError
 from bitroute.eval.generate import draw_apart
 from bitroute.eval.metrics import format_db, pixels, psnr_db
-from bitroute.eval.sampling import Sampling
+from bitroute.eval.sampling import Sampling, call_arguments
 
 CELL, GAP, HEAD = 160, 8, 44  # pixels
 
@@ -62,8 +60,7 @@ def main(
 ) -> None:  # fmt: skip
     """Draw the pictures of ORIGINAL and of each QUANTIZED folder side by side."""
     quiet()
-    arguments = dict(_argument(text) for text in call)
-    sampling = Sampling(prompts, (seed,), arguments, device)
+    sampling = Sampling(prompts, (seed,), call_arguments(call), device)
     pictures, captions = {}, {}
     try:
         for model in (original, *quantized):
@@ -87,16 +84,6 @@ def _draw(model: str, sampling: Sampling) -> list[Image.Image]:
 def _closeness(original: Image.Image, other: Image.Image) -> str:
     decibels = psnr_db(pixels(original), pixels(other))
     return format_db(decibels) if math.isinf(decibels) else f"PSNR {format_db(decibels)}"
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--call")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _caption(model: str) -> str:

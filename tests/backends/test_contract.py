@@ -289,4 +289,4 @@ def test_the_native_record_names_every_output_once(backend: Backend) -> None:
 
 def test_an_option_may_have_any_name() -> None:
     with pytest.raises(BackendError, match="has no option 'name'"):
-        create("int8", **{"name": "nf4"})
+        create("int8", name="nf4")

@@ -306,14 +306,48 @@ def test_an_unknown_backend_is_named(flux: Written, tmp_path: Path) -> None:
         {"groups": [{"layers": ["proj_out"]}]},
         {"groups": ["float8"]},
         {"groups": [{"backend": "int8", "options": {}, "layers": ["proj_out", "proj_out"]}]},
+        {"groups": [{"backend": "int8", "options": {}, "layers": [["proj_out"]]}]},
+        {"groups": [{"backend": "int8", "options": None, "layers": ["proj_out"]}]},
+        {"groups": [{"backend": 8, "options": {}, "layers": ["proj_out"]}]},
+        {"groups": 5},
+        {"groups": None},
         {"compute_dtype": "bfloat"},
+        {"compute_dtype": "int8"},
+        {"compute_dtype": ["bfloat16"]},
+        {"to_dict": 1},
+        {"backends": []},
     ],
-    ids=["no backend", "no mapping", "a layer twice", "no dtype"],
+    ids=str,
 )
-def test_a_malformed_config_is_refused(flux: Written, tmp_path: Path, change: dict[str, Any]) -> None:
-    write(tmp_path / "malformed", "transformer", flux.tensors, {**flux.config, **change})
-    with pytest.raises(SourceError, match="the quantization config is malformed"):
-        FluxTransformer2DModel.from_pretrained(tmp_path / "malformed")
+def test_a_malformed_config_is_refused(written: Written, tmp_path: Path, change: dict[str, Any]) -> None:
+    text = refusal(tmp_path / "malformed", written, written.tensors, {**written.config, **change})
+    assert "the quantization config is malformed" in text
+
+
+def forget_a_group(config: dict[str, Any]) -> str:
+    """Removes the first group of a quantized layer from the config and returns the layer."""
+    forgotten = next(group for group in config["groups"] if group["backend"] != "keep")
+    config["groups"].remove(forgotten)
+    layer: str = forgotten["layers"][0]
+    return layer
+
+
+def test_a_quantized_layer_that_no_group_names_is_refused(written: Written, tmp_path: Path) -> None:
+    config = copy.deepcopy(written.config)
+    layer = forget_a_group(config)
+    text = refusal(tmp_path / "forgotten", written, written.tensors, config)
+    assert f"layer {layer!r} is stored in a form that no group explains" in text
+    assert all(
+        f"{layer}.{suffix}" in text for suffix in written.backends[layer].outputs(TensorSpec((64, 64), torch.bfloat16))
+    )
+
+
+def test_a_quantized_layer_with_an_older_name_that_no_group_names_is_refused(tmp_path: Path) -> None:
+    written = Written(tmp_path / "text_encoder", "text_encoder")
+    layer = forget_a_group(written.config)
+    tensors = {f"text_model.{name}": tensor for name, tensor in written.tensors.items()}
+    text = refusal(tmp_path / "older", written, tensors, written.config)
+    assert f"layer {layer!r} is stored in a form that no group explains" in text
 
 
 def test_every_tensor_that_does_not_fit_is_listed_with_its_layer(written: Written, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_everything_else_sees_the_decoded_weight(layer: Any, x: Tensor) -> None:
 
 def test_a_gradient_passes_through_the_weight(layer: Any, x: Tensor) -> None:
     x = x.bfloat16().requires_grad_()
-    functional.linear(x, layer.weight).sum().backward()
+    total: Any = functional.linear(x, layer.weight).sum()
+    total.backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad[0, 0].float(), layer.decoded().float().sum(0), rtol=0.01, atol=0.01)
 

@@ -86,6 +86,11 @@ def test_a_class_without_a_profile_has_none() -> None:
 
 
 @pytest.mark.parametrize("class_name", profiles())
+def test_every_profile_says_where_its_class_is_used(class_name: str) -> None:
+    assert profile_of(class_name).about
+
+
+@pytest.mark.parametrize("class_name", profiles())
 def test_every_linear_layer_has_exactly_one_role_and_no_other_layer_has_any(
     class_name: str, real_models: dict[str, nn.Module]
 ) -> None:

@@ -18,6 +18,7 @@ from bitroute.convert.recipe import (
     RecipeFile,
     Rule,
     builtin_recipes,
+    copy_recipe,
     read_recipe,
 )
 from bitroute.errors import RecipeError
@@ -238,6 +239,39 @@ def test_every_built_in_recipe_is_valid_and_says_what_it_is(name: str) -> None:
         file = read_recipe(spelling)
         assert file.problems == []
         assert file.recipe and file.recipe.description and file.recipe.model
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_built_in_recipe_stands_alone_so_that_a_copy_can_be_edited(name: str, tmp_path: Path) -> None:
+    copied = copy_recipe(name, tmp_path)
+    assert copied == tmp_path / f"{name}.yaml" and copied.read_bytes() == builtin_recipes()[name].read_bytes()
+    assert "extends" not in yaml.safe_load(copied.read_text(encoding="utf-8"))
+    assert read_recipe(str(copied)).recipe == read_recipe(name).recipe
+
+
+def copy_refusal(name: str, target: Path) -> str:
+    with pytest.raises(RecipeError) as caught:
+        copy_recipe(name, target)
+    return str(caught.value)
+
+
+def test_a_copy_of_what_is_no_recipe_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "program").write_bytes(b"\x7fELF\xff")
+    assert "is not text in UTF-8" in copy_refusal(str(tmp_path / "program"), tmp_path / "copy.yaml")
+    assert "a folder" in copy_refusal(str(tmp_path), tmp_path / "copy.yaml")
+    assert not (tmp_path / "copy.yaml").exists()
+
+
+def test_a_copy_into_a_missing_folder_says_to_make_it(tmp_path: Path) -> None:
+    message = copy_refusal("flux-fp8", tmp_path / "missing folder" / "x.yaml")
+    assert f"mkdir -p '{tmp_path}/missing folder'" in message
+
+
+@pytest.mark.parametrize("target", ["x" * 300, "\0", "file.yaml/x.yaml", "file.yaml"])
+def test_a_copy_that_cannot_be_written_is_refused(tmp_path: Path, target: str) -> None:
+    write(tmp_path, "kept", "file.yaml")
+    assert copy_refusal("flux-fp8", tmp_path / target)
+    assert (tmp_path / "file.yaml").read_text(encoding="utf-8") == "kept"
 
 
 def test_every_key_of_a_recipe_is_described() -> None:

@@ -57,9 +57,7 @@ class Page(HTMLParser):
             self.text += data
 
     def pictures(self) -> list[str]:
-        found = [
-            each.get("src") or each.get("href", "") for tag, each in self.elements if tag in ("img", "image")
-        ]
+        found = [each.get("src") or each.get("href", "") for tag, each in self.elements if tag in ("img", "image")]
         assert all(uri.startswith("data:image/") for uri in found)
         return found
 
@@ -177,9 +175,7 @@ def test_pictures_of_small_models_are_embedded_without_loss(show: Show, evaluati
         Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB").tobytes()
         for uri in show(unchanged).pictures()
     }
-    drawn = [
-        Image.open(evaluation.drawn.folder / f"{sample.stem}.png").tobytes() for sample in evaluation.samples
-    ]
+    drawn = [Image.open(evaluation.drawn.folder / f"{sample.stem}.png").tobytes() for sample in evaluation.samples]
     assert set(drawn) <= shown
 
 
@@ -238,9 +234,7 @@ def test_names_and_prompts_from_strangers_stay_text(show: Show) -> None:
 
 def test_only_the_pages_own_script_may_run(show: Show, tmp_path: Path) -> None:
     page = show(unchanged)
-    [policy] = [
-        each["content"] for tag, each in page.elements if each.get("http-equiv") == "Content-Security-Policy"
-    ]
+    [policy] = [each["content"] for tag, each in page.elements if each.get("http-equiv") == "Content-Security-Policy"]
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     script = html[html.index("<script>") + len("<script>") : html.index("</script>")]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -289,9 +283,7 @@ def test_what_was_measured_beside_pictures_is_shown_where_it_is_there(show: Show
         assert words in more
 
 
-def test_a_missing_picture_is_an_error_that_names_it_and_leaves_no_page(
-    evaluation: Evaluation, tmp_path: Path
-) -> None:
+def test_a_missing_picture_is_an_error_that_names_it_and_leaves_no_page(evaluation: Evaluation, tmp_path: Path) -> None:
     content = write_report(evaluation, tmp_path)
     (tmp_path / "pictures" / "candidate-dim" / "0003-0.png").unlink()
     with pytest.raises(JobError, match=r"0003-0\.png"):
@@ -364,9 +356,7 @@ def test_every_key_of_the_report_is_documented_and_every_documented_key_is_writt
 def test_the_report_of_a_broken_candidate_is_still_drawn_from_a_real_evaluation(
     evaluation: Evaluation, tmp_path: Path
 ) -> None:
-    broken = replace(
-        evaluation.candidates[0], run=None, scores=None, tripwires=["the pipeline does not draw"]
-    )
+    broken = replace(evaluation.candidates[0], run=None, scores=None, tripwires=["the pipeline does not draw"])
     content = write_report(replace(evaluation, candidates=[broken, *evaluation.candidates]), tmp_path)
     text = Page(write_page(content, tmp_path).read_text(encoding="utf-8")).text
     assert "the pipeline does not draw" in text

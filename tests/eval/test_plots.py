@@ -13,9 +13,7 @@ def circles(svg: str) -> list[float]:
     return [float(x) for x in re.findall(r'<circle cx="([0-9.]+)"', svg)]
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(30.0, 58.0), (49.99, 50.01), (0.0, 1e-5), (-3.0, 3.0), (5.0, 5.0)]
-)
+@pytest.mark.parametrize(("low", "high"), [(30.0, 58.0), (49.99, 50.01), (0.0, 1e-5), (-3.0, 3.0), (5.0, 5.0)])
 def test_a_linear_axis_has_a_few_round_ticks_inside_it(low: float, high: float) -> None:
     axis = Axis.around([low, high], 0, 100)
     ticks = axis.ticks()
@@ -46,17 +44,13 @@ def test_nothing_is_drawn_where_every_score_is_perfect() -> None:
 
 
 def test_the_names_of_close_candidates_do_not_cover_each_other() -> None:
-    svg = scatter(
-        [Spot(f"candidate-{i}", 8.0, 40 + i / 100, None, None) for i in range(3)], "size", "MB", None
-    )
+    svg = scatter([Spot(f"candidate-{i}", 8.0, 40 + i / 100, None, None) for i in range(3)], "size", "MB", None)
     places = re.findall(r'x="([0-9.]+)" y="([0-9.]+)" text-anchor="start" class="">candidate-', svg)
     assert len(set(places)) == 3
 
 
 def test_better_scores_stand_higher_than_worse_ones() -> None:
-    svg = scatter(
-        [Spot("good", 8.0, 50.0, 49.0, 51.0), Spot("bad", 4.0, 30.0, 29.0, 31.0)], "size", "MB", 57.0
-    )
+    svg = scatter([Spot("good", 8.0, 50.0, 49.0, 51.0), Spot("bad", 4.0, 30.0, 29.0, 31.0)], "size", "MB", 57.0)
     good, bad = (float(y) for y in re.findall(r'cy="([0-9.]+)"', svg))
     assert good < bad
 
