@@ -7,10 +7,10 @@ RECIPES = fp8 int8 nf4 nvfp4 mxfp4 mixed
 .PHONY: demo test lint docs sheet clean
 
 demo: build/demo-venv/installed  ## quantize the bundled model and draw its pictures before and after
-	build/demo-venv/bin/quantize --recipe tiny-flux-fp8.yaml --out build/tiny-flux-fp8 --overwrite
+	build/demo-venv/bin/quantize --recipe tiny-flux-fp8.yaml --out build/tiny-flux-fp8 --overwrite --eval
 	build/demo-venv/bin/python -P -m bitroute.eval.sheet builtin:tiny-flux build/tiny-flux-fp8 $(SAMPLE) \
 	    --out build/before-after.png
-	@echo "look at build/before-after.png"
+	@echo "look at build/before-after.png and build/tiny-flux-fp8-report/report.html"
 
 test: build/test-venv/installed  ## the whole suite, in a fresh environment
 	build/test-venv/bin/python -m pytest

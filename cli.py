@@ -88,13 +88,14 @@ def _print_problems(error: BitrouteError) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of bitroute in the output folder.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu, cuda, mps.")
 @click.option("--no-verify", is_flag=True, help="Do not verify the result.")
+@click.option("--eval", "evaluated", is_flag=True, help="Compare with the original as the recipe's `eval` says.")
 @JSON
 @click.option("-v", "--verbose", count=True, help="-v: the libraries' own messages; -vv: tracebacks too.")
 @click.version_option(package_name="bitroute")
 @click.pass_context
 def main(
     ctx: click.Context, recipe: str | None, model: str | None, out: Path | None, dry_run: bool,
-    overwrite: bool, device: str, no_verify: bool, as_json: bool, verbose: int,
+    overwrite: bool, device: str, no_verify: bool, evaluated: bool, as_json: bool, verbose: int,
 ) -> None:  # fmt: skip
     """Quantize a diffusers pipeline: a recipe in, a checkpoint that diffusers loads out.
 
@@ -116,6 +117,7 @@ def main(
 
     check_device(device)
     planned = plan(recipe, model)
+    sampling = _sampling_of(planned, device) if evaluated else None
     folder = out.expanduser() if out else Path(Path(recipe).stem)
     if out or not dry_run:
         check_output(planned, folder, written_files(planned), overwrite)
@@ -126,7 +128,9 @@ def main(
     ctx.meta["written"] = folder
     found = None if no_verify else _verify(folder, planned.pipeline.name, load=True)
     _print_result(planned, folder, found, as_json)
-    ctx.exit(1 if found and found.problems else 0)
+    if (found and found.problems) or sampling is None:
+        ctx.exit(1 if found and found.problems else 0)
+    ctx.exit(_evaluate_result(planned, folder, sampling))
 
 
 @main.group(context_settings=CONTEXT)
@@ -261,6 +265,30 @@ def evaluate_folders(
     arguments = call_arguments(call, steps, size)
     sampling = Sampling(read_prompts(prompts), parse_seeds(seeds), arguments, device, threads)
     ctx.exit(_evaluate(original, quantized, sampling, limits, out, not own_text, as_json))
+
+
+def _sampling_of(planned: Plan, device: str) -> Sampling:
+    """What the recipe's `eval` draws; refused before the job if it cannot be."""
+    from bitroute.errors import RecipeError
+    from bitroute.eval.sampling import Sampling, read_prompts
+
+    recipe = planned.recipe.recipe
+    if recipe is None or recipe.eval is None:
+        mend = "add `eval: {prompts: general-16}` to the recipe, or run `quantize eval` afterwards"
+        raise RecipeError(Problem("the recipe does not say how to evaluate", planned.recipe.name, next_step=mend))
+    chosen = recipe.eval
+    call = {**chosen.call, **({"num_inference_steps": chosen.steps} if chosen.steps else {})}
+    return Sampling(read_prompts(chosen.prompts), tuple(chosen.seeds), call, device)
+
+
+def _evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:
+    """The report of a finished job goes beside its folder."""
+    from bitroute.eval.gate import parse_gate
+
+    recipe = planned.recipe.recipe
+    limits = parse_gate(dict(recipe.eval.gate) if recipe and recipe.eval else None)
+    report = folder.with_name(f"{folder.name}-report")
+    return _evaluate(planned.pipeline.name, [str(folder)], sampling, limits, report, True, False)
 
 
 def _evaluate(

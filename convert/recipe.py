@@ -130,6 +130,18 @@ class ComponentRecipe(_Strict):
     )
 
 
+class EvalRecipe(_Strict):
+    """How `--eval` compares the result with the original."""
+
+    prompts: str = Field(min_length=1, description="A prompt set (emoji-16, general-16), or a text file, one a line.")
+    steps: int | None = Field(None, ge=1, description="Denoising steps; the pipeline's own number by default.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="One picture per prompt and seed.")
+    call: dict[str, Any] = Field({}, description="Further arguments of the pipeline, such as `height: 1024`.")
+    gate: dict[Literal["lpips", "psnr", "ssim", "ms_ssim"], float] = Field(
+        {}, description="Limits on the means, lpips from above and the others from below: `{lpips: 0.10, psnr: 28}`."
+    )
+
+
 class Recipe(_Strict):
     """Which components of which model become what."""
 
@@ -146,9 +158,11 @@ class Recipe(_Strict):
         max_length=MAX_COMPONENTS,
         description="Component name → its recipe. Components that are not named are copied untouched.",
     )
+    eval: EvalRecipe | None = Field(None, description="What `--eval` draws and measures.")
 
 
-_LEVELS: Levels = {1: Recipe, 3: ComponentRecipe, 5: Rule}  # components.NAME.keep, components.NAME.rules.0.backend
+# recipe keys, eval.KEY, components.NAME.KEY, components.NAME.rules.0.KEY
+_LEVELS: Levels = {1: Recipe, 2: EvalRecipe, 3: ComponentRecipe, 5: Rule}
 
 
 @dataclass(frozen=True)

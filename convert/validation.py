@@ -21,15 +21,20 @@ __all__ = ["Levels", "near_words", "refused", "validate"]
 
 Levels = Mapping[int, type[BaseModel]]
 
-_PLACES = {1: "at the top of the recipe", 3: "in a component", 5: "in a rule"}
+_PLACES = {1: "at the top of the recipe", 2: "under `eval`", 3: "in a component", 5: "in a rule"}
 _EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than_equal": "a larger number",
     "string_type": "text",
     "string_too_short": "text that is not empty",
     "string_too_long": "a shorter text",
     "list_type": "a list, one item per `- ` line",
     "dict_type": "a mapping of `key: value` lines",
     "model_type": "a mapping of `key: value` lines",
-    "too_short": "at least one component",
+    "too_short": "at least one",
 }
 
 
