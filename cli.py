@@ -286,7 +286,8 @@ def _evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:
     from bitroute.eval.gate import parse_gate
 
     recipe = planned.recipe.recipe
-    limits = parse_gate(dict(recipe.eval.gate) if recipe and recipe.eval else None)
+    gate = recipe.eval.gate if recipe and recipe.eval else {}
+    limits = parse_gate({str(metric): limit for metric, limit in gate.items()})
     report = folder.with_name(f"{folder.name}-report")
     return _evaluate(planned.pipeline.name, [str(folder)], sampling, limits, report, True, False)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+from bitsandbytes.functional import int8_vectorwise_quant
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -49,8 +49,9 @@ class BnbInt8(Backend):
         return {"codes": codes.masked_fill(amax[:, None] == 0, 0), "SCB": scale}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        decoded: Tensor = int8_vectorwise_dequant(stored["codes"], stored["SCB"] / HEADROOM)
-        return decoded.mul_(HEADROOM)
+        """int8_vectorwise_dequant bit for bit, where that is finite: a power of two changes no digit."""
+        decoded = stored["codes"] * (stored["SCB"] / HEADROOM).unsqueeze(1)
+        return decoded.mul_(HEADROOM / 127)
 
     def record(self, weight: TensorSpec) -> NativeRecord:
         names = {"codes": "weight", "SCB": "SCB", "weight_format": "weight_format"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bitroute.convert.plan import ComponentPlan, Plan, plan
 from bitroute.convert.reading import read_blocks
 from bitroute.convert.workers import run_all
 from bitroute.convert.writer import ShardWriter
-from bitroute.errors import JobError, Problem, RecipeError, SourceError
+from bitroute.errors import BackendError, JobError, Problem, RecipeError, SourceError
 
 Progress = Callable[[int, str], None]  # source bytes done since the last call, what was worked on; from any thread
 
@@ -124,13 +125,17 @@ def _write_component(
 def _write_entry(
     writer: ShardWriter, entry: Entry, names: dict[str, str], device: torch.device, report: Progress
 ) -> None:
-    survey = entry.backend.survey(_blocks(entry, device), entry.weight)
-    for suffix, tensor in survey.outputs.items():
-        writer.append(names[suffix], tensor)
-    for rows in _blocks(entry, device):
-        for suffix, part in entry.backend.encode(rows, survey).items():
-            writer.append(names[suffix], part)
-        report(rows.nbytes, entry.layer or entry.name)
+    """Raises JobError where the backend cannot hold the values."""
+    try:
+        survey = entry.backend.survey(_blocks(entry, device), entry.weight)
+        for suffix, tensor in survey.outputs.items():
+            writer.append(names[suffix], tensor)
+        for rows in _blocks(entry, device):
+            for suffix, part in entry.backend.encode(rows, survey).items():
+                writer.append(names[suffix], part)
+            report(rows.numel() * entry.source.spec.dtype.itemsize, entry.layer or entry.name)
+    except BackendError as error:
+        raise JobError([replace(problem, where=entry.name) for problem in error.problems]) from error
 
 
 def _blocks(entry: Entry, device: torch.device) -> Iterator[Tensor]:
@@ -145,7 +150,7 @@ def _blocks(entry: Entry, device: torch.device) -> Iterator[Tensor]:
                     next_step="the source is damaged: download it again, or keep this layer to copy it as it is",
                 )
             )  # fmt: skip
-        yield rows.to(device)
+        yield entry.backend.arithmetic(rows).to(device)
 
 
 def _finite(rows: Tensor) -> bool:

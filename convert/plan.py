@@ -247,7 +247,7 @@ def _entries(
         backend, reason = chosen[decision.backend, decision.source], decision.label
         if parameter != "weight":
             backend = backend if backend.name == "keep" else keep
-        refusal = _refusal(backend, source)
+        refusal = backend.refuse(source.spec.rows)
         if refusal and decision.otherwise == "keep":
             notes.append(f"{layer} is kept: {refusal}")
             backend, reason = keep, f"{reason}, otherwise keep"
@@ -257,16 +257,6 @@ def _entries(
         place = where(decision.source)
         entries.append(Entry(name, source, backend, layer, kind, roles.get(layer, ""), reason, place))
     return entries, notes, problems
-
-
-def _refusal(backend: Backend, source: StoredTensor) -> str | None:
-    if backend.name == "keep":
-        return None
-    if not source.spec.dtype.is_floating_point:
-        return f"its weight is {source.spec.dtype}, not a float"
-    if 0 in source.spec.shape:
-        return f"its weight is empty, {list(source.spec.shape)}"
-    return backend.refuse(source.spec.rows)
 
 
 def _refused(layer: str, decision: Route, refusal: str, where: Where) -> Problem:
