@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from bitroute.convert.plan import plan
     from bitroute.convert.verify import verify
     from bitroute.errors import BitrouteError
+    from bitroute.eval.evaluate import evaluate
 
     __version__: str
 
-__all__ = ["BitrouteError", "__version__", "plan", "quantize", "verify"]
+__all__ = ["BitrouteError", "__version__", "evaluate", "plan", "quantize", "verify"]
 
 _HOMES = {
     "BitrouteError": "bitroute.errors",
+    "evaluate": "bitroute.eval.evaluate",
     "plan": "bitroute.convert.plan",
     "quantize": "bitroute.convert.job",
     "verify": "bitroute.convert.verify",

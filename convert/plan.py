@@ -15,7 +15,6 @@ from bitroute.convert.container import Container, choose
 from bitroute.convert.copies import copies
 from bitroute.convert.document import sorted_problems
 from bitroute.convert.entry import Entry
-from bitroute.convert.layout import StoredTensor
 from bitroute.convert.profile import find_profile
 from bitroute.convert.recipe import ComponentRecipe, RecipeFile, read_recipe
 from bitroute.convert.routing import Route, route
