@@ -1,1 +1,13 @@
-"""From a recipe to a checkpoint: recipe → plan → job → verify."""
+"""From a recipe to a checkpoint, in the order in which the data goes:
+
+document → validation → recipe      YAML with lines, the schema, all problems at once
+layout → reading → checkpoint       safetensors headers, bytes by blocks of rows, the parts of a pipeline
+architecture, profile               the layers of a class on the meta device, what is known of it
+pattern → routing                   which backend every layer gets
+entry → container → copies → plan   what becomes of each tensor, how a component is stored, what goes along
+fold → describe → table             the plan for configs, machines and people
+files → output → writer → job       whole files only, the folder, one shard, the run (workers: a thread per core)
+record → fidelity, reload → verify  what the job wrote, held against its source, loaded (loading: in its own process)
+inspection, doctor                  any file or folder; this machine
+progress, noise                     bars on stderr; the libraries' remarks kept off it
+"""
