@@ -256,7 +256,7 @@ def evaluate_folders(
     """Is it still good? QUANTIZED against ORIGINAL.
 
     Draws the same prompts and seeds with every pipeline, measures LPIPS, PSNR, SSIM and MS-SSIM beside the noise
-    floor, and writes report.html and report.json. Exit codes: 0 good, 1 broken, 3 the gate failed.
+    floor, and writes report.html and report.json. Exit codes: 0 good, 1 rejected, 3 the gate failed.
     """
     from bitroute.eval.gate import parse_gate
     from bitroute.eval.sampling import Sampling, call_arguments, parse_seeds, read_prompts
@@ -308,8 +308,8 @@ def _evaluate(
     content = write_report(found, out)
     page = write_page(content, out)
     _print(content, as_json, f"{table(found)}\n\n{content['verdict']}\nreport: {page}")
-    broken = any(candidate.tripwires for candidate in found.candidates)
-    return 1 if broken else 0 if found.passed else 3
+    rejected = any(candidate.tripwires for candidate in found.candidates)
+    return 1 if rejected else 0 if found.passed else 3
 
 
 def _run(planned: Plan, out: Path, device: str, overwrite: bool, as_json: bool) -> None:

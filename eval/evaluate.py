@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitroute.convert.checkpoint import open_pipeline
-from bitroute.convert.describe import LIBRARIES
 from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem
 from bitroute.eval.gate import Limit
 from bitroute.eval.generate import draw_apart
-from bitroute.eval.sampling import Sample, Sampling
-from bitroute.eval.scores import Scores, read_pictures, score
-from bitroute.eval.tripwires import bad_pictures, unquantized
+from bitroute.eval.sampling import Sample, Sampling, library_versions
+from bitroute.eval.scores import Scores, read_pictures, score, unrelated_lpips
+from bitroute.eval.tripwires import bad_pictures, unquantized, unrelated
 
 FLOOR_DB = 1.0  # a candidate within 1 dB of the noise floor is indistinguishable from the original
 Progress = Callable[[str], None]
@@ -62,6 +59,8 @@ class Evaluation:
     floor: Mapping[str, Scores]  # what changed → the original against itself
     candidates: Sequence[Candidate]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    share_text: bool = True
+    unrelated_lpips: float | None = None  # of the original's pictures of different prompts
 
     @property
     def passed(self) -> bool:
@@ -82,33 +81,41 @@ def evaluate(
     """
     report = progress or (lambda what: None)
     store = cache or default_cache()
-    source = open_pipeline(original).folder
-    folders = {name: open_pipeline(model).folder for name, model in _names(quantized).items()}
+    source = _folder(original)
+    folders = _names(_folder(model) for model in quantized)
     samples = list(sampling.samples())
     report("original")
     drawn = _draw(source, sampling, samples, store / sampling.key(source))
     if broken := list(bad_pictures(samples, drawn.pictures, drawn.folder)):
         raise JobError(Problem("the original itself draws broken pictures", original, got="; ".join(broken)))
     floor = _floor(source, sampling, samples, drawn, store, report)
+    far = unrelated_lpips(samples, drawn.pictures)
+    found = Evaluation(source, sampling, samples, drawn, floor, [], _environment(sampling), share_text, far)
     candidates = []
     for name, folder in folders.items():
         report(name)
-        text_from = source if share_text else None
-        judged = _judge(name, folder, source, text_from, sampling, samples, drawn, store, limits)
-        candidates.append(replace(judged, closeness=_closeness(judged.scores, floor)))
-    return Evaluation(source, sampling, samples, drawn, floor, candidates, _environment(sampling))
+        candidates.append(_judge(name, folder, found, store, limits))
+    return replace(found, candidates=candidates)
 
 
 def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitroute" / "eval"
 
 
-def _names(quantized: Sequence[str]) -> dict[str, str]:
-    """A short name for each candidate; the parent's name is added where two folders are called alike."""
-    paths = [Path(model.removeprefix("builtin:")) for model in quantized]
-    short = [path.resolve().name for path in paths]
-    longer = [f"{path.resolve().parent.name}/{path.resolve().name}" for path in paths]
-    return {longer[i] if short.count(short[i]) > 1 else short[i]: model for i, model in enumerate(quantized)}
+def _folder(model: str) -> Path:
+    """Absolute, so that it has a name; links keep theirs."""
+    return Path(os.path.abspath(open_pipeline(model).folder))
+
+
+def _names(folders: Iterable[Path]) -> dict[str, Path]:
+    """Each folder by its name; parents' names are added where two are called alike. A folder twice counts once."""
+    named = {}
+    paths = list(dict.fromkeys(folders))
+    for path in paths:
+        tails = (path.parts[-length:] for length in range(1, len(path.parts) + 1))
+        unique = next(tail for tail in tails if sum(other.parts[-len(tail) :] == tail for other in paths) == 1)
+        named["/".join(unique)] = path
+    return named
 
 
 def _draw(
@@ -133,37 +140,49 @@ def _floor(
     }
 
 
-def _judge(
-    name: str, model: Path, source: Path, text_from: Path | None, sampling: Sampling, samples: Sequence[Sample],
-    drawn: Run, store: Path, limits: Sequence[Limit],
-) -> Candidate:  # fmt: skip
-    same = list(unquantized(source, model))
-    key = sampling.key(*([model, text_from] if text_from else [model]))
+def _judge(name: str, model: Path, found: Evaluation, store: Path, limits: Sequence[Limit]) -> Candidate:
+    text_from = found.original if found.share_text else None
+    tripwires = list(unquantized(found.original, model, found.share_text))
+    run = scores = None
     try:
-        run = _draw(model, sampling, samples, store / key, text_from)
-        tripwires = [*same, *bad_pictures(samples, run.pictures, run.folder)]
-        scores = score(samples, drawn.pictures, run.pictures)
+        folder = store / found.sampling.key(model, *([text_from] if text_from else []))
+        run = _draw(model, found.sampling, found.samples, folder, text_from)
+        bad = list(bad_pictures(found.samples, run.pictures, run.folder))
+        tripwires += bad
+        scores = score(found.samples, found.drawn.pictures, run.pictures)
+        tripwires += [] if bad else unrelated(scores.mean("lpips"), found.unrelated_lpips)
     except JobError as error:
-        return Candidate(name, model, None, None, [*same, str(error.problems[0])], limits)
-    return Candidate(name, model, run, scores, tripwires, limits)
+        tripwires.append(_reason(error, name, model, store))
+    return Candidate(name, model, run, scores, tripwires, limits, closeness(scores, found.floor))
 
 
-def _closeness(scores: Scores | None, floor: Mapping[str, Scores]) -> str:
+def _reason(error: JobError, name: str, model: Path, store: Path) -> str:
+    """On one line, and without this machine's paths: the report may be published."""
+    problem = error.problems[0]
+    words = " ".join(f"{problem.what}: {problem.got}".split()) if problem.got else problem.what
+    for path, instead in ((model, name), (store, "cache"), (Path.home(), "~")):
+        words = words.replace(str(path), instead)
+    return words
+
+
+def closeness(scores: Scores | None, floor: Mapping[str, Scores]) -> str:
+    """Both the mean of the dB and the dB of the mean error must lie within the floor, or one bad sample could hide."""
     if scores is None:
         return ""
     if scores.identical:
         return "identical"
     lowest = min(found.mean("psnr") for found in floor.values())
-    return "indistinguishable" if scores.mean("psnr") >= lowest - FLOOR_DB else ""
+    lowest_of_mse = min(found.db_of_mse for found in floor.values())
+    close = scores.mean("psnr") >= lowest - FLOOR_DB and scores.db_of_mse >= lowest_of_mse - FLOOR_DB
+    return "indistinguishable" if close else ""
 
 
 def _environment(sampling: Sampling) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if sampling.device.startswith("cuda") else platform.processor()
     return {
-        "device": device or platform.machine(),
+        "device": sampling.hardware,
         "threads": sampling.threads,
         "python": platform.python_version(),
-        "libraries": {library: version(library) for library in ("bitroute", *LIBRARIES)},
+        "libraries": library_versions(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from bitroute.errors import Problem, RecipeError, did_you_mean
 
 METRICS = {"lpips": "<", "psnr": ">", "ssim": ">", "ms_ssim": ">"}  # metric → the side on which good lies
-_LIMIT = re.compile(r"\s*([a-z_]+)\s*([<>])=?\s*([0-9.eE+-]+)\s*")
+_LIMIT = re.compile(r"\s*([a-z_-]+)\s*([<>])=?\s*([0-9.e+-]+)\s*", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class Limit:
 
 
 def parse_gate(gate: str | Mapping[str, float] | None) -> list[Limit]:
-    """Raises RecipeError that names every limit it does not understand."""
-    if not gate:
+    """From `lpips<0.1,psnr>28` or {"lpips": 0.1, "psnr": 28}; only None and {} mean that there is no gate.
+
+    Raises:
+        RecipeError: names every limit it does not understand.
+    """
+    if gate is None or gate == {}:
         return []
     if not isinstance(gate, str):
-        gate = ",".join(f"{metric}{METRICS.get(metric, '<')}{value}" for metric, value in gate.items())
+        gate = ",".join(f"{metric}{METRICS.get(_name(metric), '<')}{value}" for metric, value in gate.items())
     limits, problems = [], []
     for text in gate.split(","):
         found = _LIMIT.fullmatch(text)
@@ -39,7 +44,7 @@ def parse_gate(gate: str | Mapping[str, float] | None) -> list[Limit]:
         if problem:
             problems.append(problem)
         elif found:
-            limits.append(Limit(found[1], float(found[3])))
+            limits.append(Limit(_name(found[1]), float(found[3])))
     if problems:
         raise RecipeError(problems)
     return limits
@@ -50,7 +55,7 @@ def _problem(text: str, found: re.Match[str] | None) -> Problem | None:
         return Problem(
             "not a limit", "gate", got=repr(text), expected="METRIC<NUMBER or METRIC>NUMBER, such as lpips<0.1"
         )
-    metric, side, number = found.groups()
+    metric, side, number = _name(found[1]), found[2], found[3]
     if metric not in METRICS:
         return Problem(f"unknown metric {metric!r}", "gate", expected=f"one of {', '.join(METRICS)}",
                        next_step=did_you_mean(metric, METRICS))  # fmt: skip
@@ -59,7 +64,12 @@ def _problem(text: str, found: re.Match[str] | None) -> Problem | None:
             f"the limit {text.strip()!r} points the wrong way", "gate", expected=f"{metric}{METRICS[metric]}{number}"
         )
     try:
-        float(number)
+        finite = math.isfinite(float(number))
     except ValueError:
-        return Problem(f"{number!r} is not a number", "gate", got=repr(text))
-    return None
+        finite = False
+    return None if finite else Problem(f"{number!r} is not a number", "gate", got=repr(text))
+
+
+def _name(metric: str) -> str:
+    """`MS-SSIM`, as tables write it, is ms_ssim."""
+    return metric.lower().replace("-", "_")

@@ -19,20 +19,19 @@ from typing import Any
 
 import psutil
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bitroute  # noqa: F401  registers the loader of bitroute's own container
-from bitroute.convert.checkpoint import open_pipeline
+from bitroute.convert.checkpoint import Component, open_pipeline
 from bitroute.convert.loading import lift_gpu_check
 from bitroute.convert.noise import quiet
 from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem
 from bitroute.eval.sampling import Sample, Sampling
-
-FAILURES = (RuntimeError, ValueError, TypeError, ImportError, OSError, KeyError, AttributeError)
 
 
 def draw_apart(model: Path, sampling: Sampling, folder: Path, text_from: Path | None = None) -> dict[str, Any]:
@@ -41,17 +40,14 @@ def draw_apart(model: Path, sampling: Sampling, folder: Path, text_from: Path | 
     Raises:
         JobError: diffusers cannot load or run the pipeline, with what it said.
     """
-    if not (folder / "run.json").is_file():
+    if not _is_finished(sampling, folder):
         request = {"model": str(model), "folder": str(folder), "text_from": str(text_from) if text_from else None}
         done = subprocess.run(
             [sys.executable, "-P", "-m", "bitroute.eval.generate"], capture_output=True, text=True, check=False,
             input=json.dumps({**request, "sampling": sampling.describe()}),
         )  # fmt: skip
         if done.returncode:
-            raise JobError(
-                Problem("the pipeline does not draw", str(model), got=done.stderr.strip().splitlines()[-1][:500]
-                        if done.stderr.strip() else f"its process ended with {done.returncode}")
-            )  # fmt: skip
+            raise JobError(Problem("the pipeline does not draw", str(model), got=_reason(done)))
     return read_json(folder / "run.json")
 
 
@@ -59,9 +55,15 @@ def draw(model: Path, sampling: Sampling, folder: Path, text_from: Path | None =
     """Writes `<sample>.png` and `<sample>.safetensors` for every sample, then run.json.
 
     text_from: the pipeline whose text encoders are used instead of the model's own, so that prompts are encoded
-    alike. Samples that are there already are not drawn again.
+    alike. Samples that are there already are not drawn again; of two processes that want the same, one waits.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not _is_finished(sampling, folder):
+            _draw_missing(model, sampling, folder, text_from)
+
+
+def _draw_missing(model: Path, sampling: Sampling, folder: Path, text_from: Path | None) -> None:
     torch.set_num_threads(sampling.threads)
     started = time.perf_counter()
     pipe = load(model, sampling.device, text_from)
@@ -96,6 +98,12 @@ def load(model: Path, device: str, text_from: Path | None = None) -> Any:
     return pipe if device == "cpu" else pipe.to(device)
 
 
+def _is_finished(sampling: Sampling, folder: Path) -> bool:
+    """run.json is written last; a picture may have been removed since."""
+    wanted = ["run.json", *(f"{sample.stem}.png" for sample in sampling.samples())]
+    return all((folder / name).is_file() for name in wanted)
+
+
 def _text_encoders(folder: Path) -> Mapping[str, Any]:
     import transformers
 
@@ -103,8 +111,12 @@ def _text_encoders(folder: Path) -> Mapping[str, Any]:
     return {
         name: getattr(transformers, part.class_name).from_pretrained(part.folder, dtype=torch.bfloat16)
         for name, part in pipeline.components.items()
-        if part.library == "transformers" and name.startswith("text_encoder")
+        if is_text_encoder(part)
     }
+
+
+def is_text_encoder(component: Component) -> bool:
+    return component.library == "transformers" and component.name.startswith("text_encoder")
 
 
 def _draw_sample(pipe: Any, sampling: Sampling, sample: Sample, folder: Path) -> int:
@@ -145,7 +157,15 @@ def _peak_bytes() -> int:
 
 
 def _peak_device_bytes(device: str) -> int | None:
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """What a failed process said last."""
+    if done.returncode < 0:
+        return f"its process was ended by signal {-done.returncode}, which may mean that memory ran out"
+    said = done.stderr.strip().splitlines()
+    return said[-1][:500] if said else f"its process ended with {done.returncode}"
 
 
 def _main() -> None:
@@ -154,8 +174,8 @@ def _main() -> None:
     text_from = Path(request["text_from"]) if request["text_from"] else None
     try:
         draw(Path(request["model"]), Sampling(**request["sampling"]), Path(request["folder"]), text_from)
-    except FAILURES as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except Exception as error:  # whatever the libraries raise is the answer, on one line
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bitroute.convert.table import size
-from bitroute.eval.evaluate import Candidate, Evaluation, provenance_of
+from bitroute.errors import JobError, Problem
+from bitroute.eval.evaluate import FLOOR_DB, Candidate, Evaluation, provenance_of
 from bitroute.eval.intervals import Mean
 from bitroute.eval.scores import TITLES, Scores, plain, words
 
@@ -30,24 +33,40 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
         "sampling": evaluation.sampling.describe(),
         "environment": dict(evaluation.environment),
         "floor": {what: scores.describe() for what, scores in evaluation.floor.items()},
-        "notes": sorted({note for scores in evaluation.floor.values() for note in scores.notes}),
+        "unrelated_lpips": evaluation.unrelated_lpips,
+        "text_encoders": "original" if evaluation.share_text else "own",
+        "notes": _notes(evaluation),
         "candidates": [_candidate(candidate, evaluation) for candidate in evaluation.candidates],
     }  # fmt: skip
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> dict[str, Any]:
-    """`pictures/` and report.json, the JSON last; returns its content."""
+    """`pictures/` and report.json, the JSON last; returns its content.
+
+    Raises:
+        JobError: the folder cannot be written.
+    """
+    content = describe(evaluation)
+    try:
+        _copy_pictures(evaluation, folder)
+        partial = folder / "report.json.part"
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        os.replace(partial, folder / "report.json")
+    except OSError as error:
+        raise JobError(
+            Problem("cannot write the report", str(error.filename or folder), got=error.strerror or str(error),
+                    next_step="the pictures are kept: run the same command with another --out")
+        ) from error  # fmt: skip
+    return content
+
+
+def _copy_pictures(evaluation: Evaluation, folder: Path) -> None:
     drawn = {"original": evaluation.drawn}
     drawn |= {_folder_name(candidate): candidate.run for candidate in evaluation.candidates if candidate.run}
     for name, run in drawn.items():
         (folder / "pictures" / name).mkdir(parents=True, exist_ok=True)
         for sample in evaluation.samples:
             shutil.copyfile(run.folder / f"{sample.stem}.png", folder / "pictures" / name / f"{sample.stem}.png")
-    content = describe(evaluation)
-    partial = folder / "report.json.part"
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(partial, folder / "report.json")
-    return content
 
 
 def verdict(evaluation: Evaluation) -> str:
@@ -56,18 +75,35 @@ def verdict(evaluation: Evaluation) -> str:
 
 
 def candidate_verdict(candidate: Candidate, evaluation: Evaluation) -> str:
-    if candidate.tripwires or candidate.scores is None:
-        return f"{candidate.name} is broken: {'; '.join(candidate.tripwires)}."
-    scores = candidate.scores
+    """What was measured, against what, and what that means; why, where nothing can be said."""
+    scores, name = candidate.scores, candidate.name
+    if candidate.tripwires or scores is None:
+        same = " Its pictures are identical to the original's." if candidate.closeness == "identical" else ""
+        return f"{name} is rejected: {'; '.join(candidate.tripwires)}.{same}"
     if candidate.closeness == "identical":
-        return f"{candidate.name} draws pictures identical to the original's."
-    means = f"LPIPS {words('lpips', _mean(scores, 'lpips'))}, PSNR {words('psnr', _mean(scores, 'psnr'))} dB"
+        return f"{name} draws pictures identical to the original's.{_gate_verdict(candidate, scores)}"
+    near = "is indistinguishable" if candidate.closeness else "differs measurably"
+    means = f"PSNR {words('psnr', _mean(scores, 'psnr'))} dB, {_against_floor(candidate, evaluation)}"
+    lpips = f"LPIPS {words('lpips', _mean(scores, 'lpips'))}"
+    return f"{name} {near} from the original: {means}; {lpips}.{_gate_verdict(candidate, scores)}"
+
+
+def _against_floor(candidate: Candidate, evaluation: Evaluation) -> str:
     floor = min(found.mean("psnr") for found in evaluation.floor.values())
-    within = "within" if candidate.closeness else "outside"
-    near = "cannot be told from the original" if candidate.closeness else "can be told from the original"
-    failed = [str(limit) for limit in candidate.limits if not limit.holds(scores.mean(limit.metric))]
-    gate = f" It fails the gate: {', '.join(failed)}." if failed else " It passes the gate." if candidate.limits else ""
-    return f"{candidate.name} {near}: {means}, {within} the noise floor of {floor:.1f} dB.{gate}"
+    if math.isinf(floor):
+        return "where the original drawn again is identical"
+    side = f"within {FLOOR_DB:g} dB of" if candidate.closeness else "outside"
+    return f"{side} the noise floor of {floor:.1f} dB"
+
+
+def _gate_verdict(candidate: Candidate, scores: Scores) -> str:
+    if not candidate.limits:
+        return ""
+    failed = [limit for limit in candidate.limits if not limit.holds(scores.mean(limit.metric))]
+    found = ", ".join(
+        f"{limit} (is {words(limit.metric, replace(_mean(scores, limit.metric), low=None))})" for limit in failed
+    )
+    return f" It fails the gate: {found}." if failed else " It passes the gate."
 
 
 def table(evaluation: Evaluation) -> str:
@@ -76,7 +112,8 @@ def table(evaluation: Evaluation) -> str:
     for what, scores in evaluation.floor.items():
         rows.append((f"floor: {what}", "", *(words(m, _mean(scores, m)) for m in TITLES)))
     for candidate in evaluation.candidates:
-        shown = [words(m, _mean(candidate.scores, m)) for m in TITLES] if candidate.scores else ["broken"]
+        judged = None if candidate.tripwires else candidate.scores
+        shown = [words(m, _mean(judged, m)) for m in TITLES] if judged else ["rejected"]
         rows.append((candidate.name, size(folder_bytes(candidate.model)), *shown))
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
@@ -123,9 +160,15 @@ def _samples(candidate: Candidate, evaluation: Evaluation) -> list[dict[str, Any
     ]  # fmt: skip
 
 
+def _notes(evaluation: Evaluation) -> list[str]:
+    whose = "the original's" if evaluation.share_text else "their own"
+    of_scores = sorted({note for scores in evaluation.floor.values() for note in scores.notes})
+    return [f"Candidates encode prompts with {whose} text encoders", *of_scores]
+
+
 def _folder_name(candidate: Candidate) -> str:
-    """A name that cannot collide with the original's."""
-    return f"candidate-{candidate.name.replace('/', '-')}"
+    """Cannot collide with the original's, nor with another candidate's: a name's parents stay folders."""
+    return f"candidate-{candidate.name}"
 
 
 def _mean(scores: Scores, metric: str) -> Mean:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,9 +13,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bitroute.convert.describe import LIBRARIES
 from bitroute.errors import Problem, RecipeError, did_you_mean
 
 PROMPT_LIMIT_BYTES = 1_000_000
+SEED_LIMIT = 2**32  # a seed times the prompts must fit into 63 bits
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,28 @@ class Sampling:
             "device": self.device, "threads": self.threads, "attention": self.attention,
         }  # fmt: skip
 
+    @property
+    def hardware(self) -> str:
+        """The GPU, or the processor with the instruction set that decides which of torch's kernels run.
+
+        Raises:
+            RecipeError: torch does not know or have the device.
+        """
+        try:
+            if torch.device(self.device).type == "cuda":
+                return torch.cuda.get_device_name(self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(Problem(f"no device {self.device!r} here", "--device", got=str(error)[:200])) from error
+        return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
     def key(self, *folders: Path) -> str:
-        """Of everything that decides the pictures: these settings, the model's files, the libraries' versions."""
-        libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "torchao")}
-        parts = [self.describe(), libraries, [_identity(folder) for folder in folders]]
+        """Of everything that decides the pictures: settings, hardware, the models' files, the libraries' versions."""
+        parts = [self.describe(), self.hardware, library_versions(), [_identity(folder) for folder in folders]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def library_versions() -> dict[str, str]:
+    return {library: version(library) for library in ("bitroute", *LIBRARIES)}
 
 
 def prompt_sets() -> dict[str, Path]:
@@ -71,20 +94,24 @@ def read_prompts(name_or_file: str) -> tuple[str, ...]:
         RecipeError: no such set or file, too large, not text, or no prompt in it.
     """
     file = prompt_sets().get(name_or_file, Path(name_or_file))
-    if not file.is_file():
+    if not os.path.isfile(file):  # False, no error, for a prompt where its file was expected: too long a name
         known = list(prompt_sets())
         raise RecipeError(
             Problem(
-                f"no prompts {name_or_file!r}", "--prompts", expected=f"a text file, or one of {', '.join(known)}",
+                f"no prompts {name_or_file[:100]!r}", "--prompts",
+                expected=f"a text file, or one of {', '.join(known)}",
                 next_step=did_you_mean(name_or_file, known),
             )
         )  # fmt: skip
     if file.stat().st_size > PROMPT_LIMIT_BYTES:
         raise RecipeError(Problem("the prompt file is too large", str(file), expected="at most 1 MB of text"))
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(Problem("cannot read the prompts", str(file), got=str(error))) from error
+    if "\0" in text:
+        raise RecipeError(Problem("cannot read the prompts", str(file), got="bytes that are no text"))
+    lines = [line.strip() for line in text.splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise RecipeError(Problem("no prompt in this file", str(file), expected="one prompt a line"))
@@ -92,18 +119,20 @@ def read_prompts(name_or_file: str) -> tuple[str, ...]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """`0,1,2` → (0, 1, 2). Raises RecipeError for anything else, and for a seed twice."""
+    """`0,1,2` → (0, 1, 2). Raises RecipeError for anything else, for a seed twice, and from 2^32 on."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise RecipeError(Problem("not a list of seeds", "--seeds", got=repr(text), expected="0 or 0,1,2"))
-    return tuple(int(part) for part in parts)
+    seeds = tuple(int(part) if part.isdecimal() and len(part) < 20 else SEED_LIMIT for part in parts)
+    if max(seeds) >= SEED_LIMIT or len(set(seeds)) < len(seeds):
+        expected = f"0 or 0,1,2: different numbers below {SEED_LIMIT}"
+        raise RecipeError(Problem("not a list of seeds", "--seeds", got=repr(text[:100]), expected=expected))
+    return seeds
 
 
 def call_arguments(call: Sequence[str], steps: int | None = None, size: str | None = None) -> dict[str, Any]:
     """The pipeline's arguments from NAME=VALUE texts (values as JSON, else text), steps and WIDTHxHEIGHT.
 
     Raises:
-        RecipeError: a text without `=`, or a size that is not two numbers.
+        RecipeError: a text without `=`, NaN or an infinity, or a size that is not two numbers.
     """
     arguments: dict[str, Any] = {"num_inference_steps": steps} if steps else {}
     if size is not None:
@@ -117,11 +146,20 @@ def call_arguments(call: Sequence[str], steps: int | None = None, size: str | No
         name, separator, value = text.partition("=")
         if not separator or not name.isidentifier():
             raise RecipeError(Problem("not an argument", "--call", got=repr(text), expected="NAME=VALUE"))
-        try:
-            arguments[name] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[name] = value
+        arguments[name] = _value(value)
     return arguments
+
+
+def _value(text: str) -> Any:
+    """JSON where it is, else the text itself; NaN would make the report unreadable for other programs."""
+
+    def refuse(constant: str) -> None:
+        raise RecipeError(Problem("not a finite number", "--call", got=constant))
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except ValueError:
+        return text
 
 
 def _identity(folder: Path) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from bitroute.errors import JobError, Problem
 from bitroute.eval.intervals import Mean, Summary, summarize, summarize_psnr
 from bitroute.eval.lpips import Lpips, upsampled
 from bitroute.eval.metrics import format_db, ms_ssim, pixels, psnr_db, ssim
@@ -35,6 +36,11 @@ class Scores:
         return self.summary(metric).mean.value
 
     @property
+    def db_of_mse(self) -> float:
+        """PSNR of the mean squared error of all samples: one bad sample cannot hide among good ones."""
+        return summarize_psnr(self.values["psnr"], self.prompts).of_mse.value
+
+    @property
     def identical(self) -> bool:
         return all(math.isinf(value) for value in self.values["psnr"])
 
@@ -46,7 +52,18 @@ class Scores:
 
 
 def read_pictures(folder: Path, samples: Sequence[Sample]) -> list[Tensor]:
-    return [pixels(Image.open(folder / f"{sample.stem}.png")) for sample in samples]
+    """Raises JobError for a picture that is no longer what was drawn."""
+    return [_read_picture(folder / f"{sample.stem}.png") for sample in samples]
+
+
+def _read_picture(file: Path) -> Tensor:
+    try:
+        return pixels(Image.open(file))
+    except (OSError, SyntaxError) as error:  # Pillow calls a damaged PNG a SyntaxError
+        raise JobError(
+            Problem("a drawn picture cannot be read", str(file), got=str(error),
+                    next_step=f"remove {file.parent} and run the same command again")
+        ) from error  # fmt: skip
 
 
 def score(samples: Sequence[Sample], originals: Sequence[Tensor], others: Sequence[Tensor]) -> Scores:
@@ -64,6 +81,17 @@ def score(samples: Sequence[Sample], originals: Sequence[Tensor], others: Sequen
     if upsampled(*originals[0].shape[1:]):
         notes.append("LPIPS on pictures enlarged to 64 px")
     return Scores(values, [sample.prompt_index for sample in samples], notes)
+
+
+def unrelated_lpips(samples: Sequence[Sample], pictures: Sequence[Tensor]) -> float | None:
+    """How far the original's pictures are from each other: each from that of the next prompt; None for one prompt."""
+    by_place = {(sample.prompt_index, sample.seed): p for sample, p in zip(samples, pictures, strict=True)}
+    prompts = max(sample.prompt_index for sample in samples) + 1
+    if prompts == 1:
+        return None
+    distance = Lpips().distance
+    found = [distance(p, by_place[(index + 1) % prompts, seed]) for (index, seed), p in by_place.items()]
+    return sum(found) / len(found)
 
 
 def words(metric: str, mean: Mean) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitroute.convert.checkpoint import open_pipeline
+from bitroute.convert.checkpoint import Component, open_pipeline
+from bitroute.convert.reading import read_tensor
+from bitroute.errors import SourceError
+from bitroute.eval.generate import is_text_encoder
 from bitroute.eval.sampling import Sample
 
 FLAT_STD = 2.0  # of 255: below it a picture is one colour
@@ -22,7 +25,7 @@ def bad_pictures(samples: Sequence[Sample], pictures: Sequence[Tensor], folder: 
     broken = [sample.stem for sample in samples if not _latents_are_finite(folder / f"{sample.stem}.safetensors")]
     if broken:
         yield f"NaN or infinite latents in {_named(broken)}"
-    flat = [s.stem for s, picture in zip(samples, pictures, strict=True) if picture.float().std() < FLAT_STD]
+    flat = [s.stem for s, picture in zip(samples, pictures, strict=True) if _is_flat(picture)]
     if flat:
         yield f"pictures of a single colour: {_named(flat)}"
     saturated = [s.stem for s, picture in zip(samples, pictures, strict=True) if _extreme(picture) > SATURATED]
@@ -32,16 +35,34 @@ def bad_pictures(samples: Sequence[Sample], pictures: Sequence[Tensor], folder: 
         yield f"identical pictures for different prompts: {_named(same)}"
 
 
-def unquantized(original: Path, candidate: Path) -> Iterator[str]:
-    """A sentence where the candidate's weights are still the original's, byte for byte."""
-    first, second = open_pipeline(str(original)), open_pipeline(str(candidate))
-    shared = [name for name in second.components if name in first.components]
-    if shared and all(_same_files(first.components[n].folder, second.components[n].folder) for n in shared):
+def unquantized(original: Path, candidate: Path, share_text: bool) -> Iterator[str]:
+    """A sentence where every weight that is used is still the original's, bit for bit, however it is stored."""
+    first, second = open_pipeline(str(original)).components, open_pipeline(str(candidate)).components
+    names = [name for name in second if name in first]
+    text = [name for name in names if is_text_encoder(second[name])] if share_text else []
+    if not names or not all(_same_weights(first[name], second[name]) for name in names if name not in text):
+        return
+    if all(_same_weights(first[name], second[name]) for name in text):
         yield "every component holds the original's weights: nothing is quantized"
+    else:
+        yield "only text encoders are quantized, and the original's were used: evaluate with --own-text"
+
+
+def unrelated(lpips: float, of_other_prompts: float | None) -> Iterator[str]:
+    """A sentence where the candidate is as far from the original as pictures of something else."""
+    if of_other_prompts is not None and lpips >= of_other_prompts:
+        yield (
+            f"the pictures have nothing to do with the original's: LPIPS {lpips:.2f}, and those of other prompts "
+            f"are {of_other_prompts:.2f} away"
+        )
 
 
 def _latents_are_finite(file: Path) -> bool:
     return not file.is_file() or bool(load_file(file)["latents"].isfinite().all())
+
+
+def _is_flat(picture: Tensor) -> bool:
+    return bool(picture.float().std(dim=(1, 2)).max() < FLAT_STD)
 
 
 def _extreme(picture: Tensor) -> float:
@@ -57,10 +78,19 @@ def _same_pictures(samples: Sequence[Sample], pictures: Sequence[Tensor]) -> Ite
             yield [sample.stem for sample in group]
 
 
-def _same_files(first: Path, second: Path) -> bool:
-    names = {file.name for folder in (first, second) for file in folder.glob("*.safetensors")}
-    both = all((first / name).is_file() and (second / name).is_file() for name in names)
-    return both and all(filecmp.cmp(first / name, second / name, shallow=False) for name in names)
+def _same_weights(first: Component, second: Component) -> bool:
+    """Reads no further than the first difference; what cannot be read is not the same."""
+    try:
+        one, other = first.tensors, second.tensors
+        if {name: t.spec for name, t in one.items()} != {name: t.spec for name, t in other.items()}:
+            return False
+        return all(_same_bits(read_tensor(one[name]), read_tensor(other[name])) for name in one)
+    except SourceError:
+        return False
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
 def _named(stems: Sequence[str]) -> str:

@@ -8,7 +8,8 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,21 @@ def _write_hollow_file(file: Path, entries: dict[str, Any]) -> None:
     with open(file, "wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         stream.truncate(8 + len(header) + max(entry["data_offsets"][1] for entry in entries.values()))
+
+
+@pytest.fixture(scope="session")
+def fill() -> Callable[..., None]:
+    """Draws into a cache, in this process, what an evaluation draws in processes of their own: same bytes, sooner."""
+    from bitroute.eval.generate import draw
+    from bitroute.eval.sampling import Sampling
+
+    def fill(cache: Path, original: Path, models: Sequence[Path], sampling: Sampling, share_text: bool = True) -> None:
+        plain = replace(sampling, attention="math")
+        draw(original, sampling, cache / sampling.key(original))
+        draw(original, sampling, cache / f"{sampling.key(original)}-again")
+        draw(original, plain, cache / plain.key(original))
+        shared = [original] if share_text else []
+        for model in models:
+            draw(model, sampling, cache / sampling.key(model, *shared), *shared)
+
+    return fill

@@ -1,0 +1,189 @@
+"""Records what the original's denoiser is given and answers, so that a quantized one can be asked the same.
+
+One safetensors file per sample: every call's inputs and output, and at three steps of the first two samples some rows
+of each linear layer's input. The header's metadata says which tensors make up which call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bitroute.convert.reading import read_json
+from bitroute.errors import JobError, Problem
+from bitroute.eval.apart import answer, run_apart
+from bitroute.eval.generate import load
+from bitroute.eval.sampling import Sample, Sampling
+
+DENOISERS = ("transformer", "transformer_2", "unet")  # Wan has two transformers, for early and for late steps
+LAYER_SAMPLES = 2
+LAYER_ROWS = 42  # of each call; with three calls of two samples about 256, 1.3 GB for FLUX.1-dev
+
+
+def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 8) -> None:
+    """Records the first prompts, with the first seed, in a fresh process.
+
+    Raises:
+        JobError: diffusers cannot load or run the pipeline, or it has no denoiser of a known name.
+    """
+    if not _is_finished(sampling, folder, prompts):
+        request = {"model": str(model), "folder": str(folder), "prompts": prompts, "sampling": sampling.describe()}
+        run_apart("bitroute.eval.recording", request, "the pipeline cannot be recorded", model)
+
+
+def record(model: Path, sampling: Sampling, folder: Path, prompts: int = 8) -> None:
+    """Writes `<sample>.safetensors` for each sample, then run.json; an unfinished recording is made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if _is_finished(sampling, folder, prompts):
+            return
+        torch.set_num_threads(sampling.threads)
+        recorder = Recorder(load(model, sampling.device))
+        samples = recorded_samples(sampling, prompts)
+        for index, sample in enumerate(samples):
+            tape = recorder.record(sampling, sample, layers=index < LAYER_SAMPLES)
+            tape.save(folder / f"{sample.stem}.safetensors")
+        content = {"samples": [sample.stem for sample in samples], "denoisers": list(recorder.denoisers)}
+        partial_file = folder / "run.json.part"
+        partial_file.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(partial_file, folder / "run.json")
+
+
+def recorded_samples(sampling: Sampling, prompts: int) -> list[Sample]:
+    first = sampling.seeds[0]
+    return [sample for sample in sampling.samples() if sample.prompt_index < prompts and sample.seed == first]
+
+
+def _is_finished(sampling: Sampling, folder: Path, prompts: int) -> bool:
+    stems = [sample.stem for sample in recorded_samples(sampling, prompts)]
+    if not all((folder / name).is_file() for name in ["run.json", *(f"{stem}.safetensors" for stem in stems)]):
+        return False
+    return bool(read_json(folder / "run.json").get("samples") == stems)
+
+
+@dataclass
+class Tape:
+    """What was recorded of one sample; its tensors lie in main memory, equal ones once."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)  # of the steps that are finished
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    layers: bool = False  # whether the layers' inputs are recorded
+
+    def save(self, file: Path) -> None:
+        metadata = {"calls": json.dumps(self.calls), "timesteps": json.dumps(self.timesteps)}
+        unfinished = file.with_name(f"{file.name}.part")
+        save_file(self.tensors, unfinished, metadata)
+        os.replace(unfinished, file)
+
+    def add(self, tensor: Tensor) -> str:
+        """Stores a copy, because pipelines change their latents in place; returns its name."""
+        copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        content = copy.reshape(-1).view(torch.uint8).numpy()
+        name = hashlib.sha256(f"{copy.dtype} {list(copy.shape)} ".encode() + content.tobytes()).hexdigest()[:32]
+        self.tensors.setdefault(name, copy)
+        return name
+
+    def pack(self, value: Any) -> dict[str, Any]:
+        """An argument as JSON, its tensors by name.
+
+        Raises:
+            JobError: the argument holds something else than tensors, numbers, texts, lists and mappings.
+        """
+        if isinstance(value, Tensor):
+            return {"tensor": self.add(value), "device": value.device.type}
+        if isinstance(value, Mapping):
+            return {"dict": {str(key): self.pack(item) for key, item in value.items()}}
+        if isinstance(value, list | tuple):
+            return {"list" if isinstance(value, list) else "tuple": [self.pack(item) for item in value]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return {"value": value}
+        raise JobError(Problem("the denoiser is called with what cannot be recorded", got=type(value).__name__))
+
+
+class Recorder:
+    """A pipeline whose denoisers write every call onto the current tape."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.tape = pipe, Tape()
+        self.denoisers = {name: model for name in DENOISERS if (model := getattr(pipe, name, None)) is not None}
+        if not self.denoisers:
+            expected = f"one of {', '.join(DENOISERS)}"
+            raise JobError(Problem("the pipeline has no known denoiser", got=type(pipe).__name__, expected=expected))
+        for name, model in self.denoisers.items():
+            model.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
+            model.register_forward_hook(self._after)
+            for layer, module in model.named_modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_pre_hook(partial(self._layer, f"{name}/{layer}"))
+        self._count_steps()
+
+    def record(self, sampling: Sampling, sample: Sample, layers: bool) -> Tape:
+        """Draws one sample up to its latents; same noise as for its picture."""
+        self.tape = Tape(layers=layers)
+        call = dict(sampling.call)
+        if "output_type" in inspect.signature(self.pipe.__call__).parameters:
+            call["output_type"] = "latent"
+        generator = torch.Generator().manual_seed(sample.seed * 100_003 + sample.prompt_index)
+        with torch.inference_mode():
+            self.pipe(sample.prompt, generator=generator, **call)
+        return self.tape
+
+    def _count_steps(self) -> None:
+        """A step ends with the scheduler's; guidance may call the denoiser several times before."""
+        take = self.pipe.scheduler.step
+
+        @wraps(take)  # pipelines look at the signature
+        def step(output: Any, timestep: Any, *args: Any, **options: Any) -> Any:
+            self.tape.timesteps.append(float(timestep))
+            return take(output, timestep, *args, **options)
+
+        self.pipe.scheduler.step = step
+
+    def _before(self, name: str, _: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        inputs = {"args": self.tape.pack(list(args)), "kwargs": self.tape.pack(options)}
+        self.tape.calls.append({"denoiser": name, "step": len(self.tape.timesteps), **inputs})
+
+    def _after(self, _: nn.Module, args: Any, output: Any) -> None:
+        self.tape.calls[-1]["output"] = self.tape.add(flat_output(output))
+
+    def _layer(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        steps = len(self.pipe.scheduler.timesteps)
+        if self.tape.layers and args and len(self.tape.timesteps) in (0, steps // 2, steps - 1):
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            chosen = rows[:: max(1, -(-len(rows) // LAYER_ROWS))].detach()
+            self.tape.tensors[f"{name}/{len(self.tape.calls)}"] = chosen.to("cpu", copy=True).contiguous()
+
+
+def flat_output(output: Any) -> Tensor:
+    """The first thing that a denoiser returns, as one vector: it is a tensor, or a list of one for each picture."""
+    return torch.cat([tensor.reshape(-1) for tensor in _tensors(output if isinstance(output, Tensor) else output[0])])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+def _work(request: dict[str, Any]) -> None:
+    sampling = Sampling(**request["sampling"])
+    record(Path(request["model"]), sampling, Path(request["folder"]), request["prompts"])
+
+
+if __name__ == "__main__":
+    answer(_work)
