@@ -307,7 +307,8 @@ def _evaluate(
     found = evaluate(original, quantized, sampling, limits=limits, share_text=share_text, progress=report)
     content = write_report(found, out)
     page = write_page(content, out)
-    _print(content, as_json, f"{table(found)}\n\n{content['verdict']}\nreport: {page}")
+    verdicts = "\n".join(candidate["verdict"] for candidate in content["candidates"])
+    _print(content, as_json, f"{table(found)}\n\n{verdicts}\nreport: {page}")
     rejected = any(candidate.tripwires for candidate in found.candidates)
     return 1 if rejected else 0 if found.passed else 3
 

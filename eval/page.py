@@ -32,7 +32,7 @@ from bitroute.eval.scores import HIGHER_IS_BETTER
 
 WORST, BEST = 5, 1  # samples shown in full; the others in a grid
 WORST_LAYERS = 12
-MARKS = {"pass": "✔", "fail": "✘", "broken": "⚠", "no gate": "○"}
+MARKS = {"pass": "✔", "fail": "✘", "rejected": "⚠", "no gate": "○"}
 TITLES = {"lpips": "LPIPS", "psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}
 PERFECT = {"lpips": 0.0, "ssim": 1.0, "ms_ssim": 1.0}
 EXPLANATIONS = {
@@ -127,9 +127,9 @@ def render(content: Mapping[str, Any], folder: Path) -> str:
 
 
 def mark(candidate: Mapping[str, Any]) -> str:
-    """pass, fail or broken; `no gate` where nothing was asked of the candidate."""
+    """pass, fail or rejected; `no gate` where nothing was asked of the candidate."""
     if candidate["tripwires"] or not candidate["scores"]:
-        return "broken"
+        return "rejected"
     if not candidate["gate"]:
         return "no gate"
     return "pass" if candidate["passed"] else "fail"

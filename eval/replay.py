@@ -67,7 +67,8 @@ class Recorded:
     """One sample's file; tensors are read when they are asked for."""
 
     def __init__(self, file: Path) -> None:
-        self.file: Any = safe_open(file, framework="pt")
+        opened: Any = safe_open
+        self.file = opened(file, framework="pt")
         metadata = self.file.metadata()
         self.calls: list[Json] = json.loads(metadata["calls"])
         self.timesteps: list[float] = json.loads(metadata["timesteps"])
@@ -135,7 +136,10 @@ def _load(candidate: Path, name: str, device: str) -> Any:
     if component is None:
         raise JobError(Problem(f"the candidate has no {name!r}", str(candidate), expected="the original's components"))
     model_class = getattr(diffusers, component.class_name)
-    model = model_class.from_pretrained(component.folder, dtype=torch.bfloat16)
+    model, info = model_class.from_pretrained(component.folder, dtype=torch.bfloat16, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):  # diffusers gives them random values and only warns
+        got = ", ".join(missing[:3])
+        raise JobError(Problem(f"{len(missing)} tensors of {name!r} are not in the checkpoint", str(candidate), got))
     return model if device == "cpu" else model.to(device)
 
 

@@ -242,9 +242,9 @@ def test_only_the_pages_own_script_may_run(show: Show, tmp_path: Path) -> None:
     assert "default-src 'none'" in policy
 
 
-def test_a_broken_candidate_is_marked_and_its_tripwire_is_shown(show: Show) -> None:
+def test_a_rejected_candidate_is_marked_and_its_tripwire_is_shown(show: Show) -> None:
     text = show(breaks).text
-    assert "⚠ broken" in text
+    assert "⚠ rejected" in text
     assert "no scores" in text
     assert text.count("NaN latents") >= 2
 

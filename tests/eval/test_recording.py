@@ -136,7 +136,8 @@ def small_unet(tiny: Path) -> Any:
     )  # fmt: skip
     return diffusers.StableDiffusionPipeline(
         vae=flux.vae, text_encoder=flux.text_encoder, tokenizer=flux.tokenizer, unet=unet.to(torch.bfloat16),
-        scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
@@ -150,8 +151,7 @@ def test_arguments_of_every_kind_come_back_as_they_were(tmp_path: Path) -> None:
     packed = json.loads(json.dumps(tape.pack(given)))
     tape.save(tmp_path / "sample.safetensors")
     found = Recorded(tmp_path / "sample.safetensors").unpack(packed, "cpu")
-    torch.testing.assert_close(found, given, rtol=0, atol=0)
-    assert found["shapes"] == [(1, 2), (3, 4)]
+    assert repr(found) == repr(given)  # with the tensors' values, dtypes and shapes
 
 
 def test_a_tensor_that_is_changed_in_place_later_is_kept_as_it_was() -> None:
