@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ from bitroute.convert.noise import quiet
 from bitroute.errors import BitrouteError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bitroute.convert.plan import Plan
     from bitroute.convert.verify import Verification
+    from bitroute.eval.evaluate import Evaluation
     from bitroute.eval.gate import Limit
     from bitroute.eval.sampling import Sampling
 
@@ -245,26 +247,30 @@ def show_doctor(as_json: bool) -> None:
 @click.option("--gate", help="Limits on the means: lpips<0.1,psnr>28; exit code 3 where one fails.")
 @click.option("--device", default="cpu", show_default=True, help="Where the pipelines run: cpu, cuda, mps.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="torch threads; recorded.")
+@click.option("--pictures-only", is_flag=True, help="Leave out the denoiser's error per step and per layer.")
 @click.option("--own-text", is_flag=True, help="Candidates encode prompts with their own text encoders.")
 @JSON
 @click.pass_context
 def evaluate_folders(
     ctx: click.Context, original: str, quantized: tuple[str, ...], prompts: str, out: Path, seeds: str,
     steps: int | None, size: str | None, call: tuple[str, ...], gate: str | None, device: str, threads: int,
-    own_text: bool, as_json: bool,
+    pictures_only: bool, own_text: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Is it still good? QUANTIZED against ORIGINAL.
 
     Draws the same prompts and seeds with every pipeline, measures LPIPS, PSNR, SSIM and MS-SSIM beside the noise
-    floor, and writes report.html and report.json. Exit codes: 0 good, 1 rejected, 3 the gate failed.
+    floor, feeds the original's inputs to every denoiser (error per step and per layer), and writes report.html and
+    report.json. Exit codes: 0 good, 1 rejected, 3 the gate failed.
     """
+    from bitroute.eval.evaluate import evaluate
     from bitroute.eval.gate import parse_gate
     from bitroute.eval.sampling import Sampling, call_arguments, parse_seeds, read_prompts
 
     limits = parse_gate(gate)
     arguments = call_arguments(call, steps, size)
     sampling = Sampling(read_prompts(prompts), parse_seeds(seeds), arguments, device, threads)
-    ctx.exit(_evaluate(original, quantized, sampling, limits, out, not own_text, as_json))
+    compare = partial(evaluate, share_text=not own_text, denoiser=not pictures_only)
+    ctx.exit(_evaluate(original, quantized, sampling, limits, out, compare, as_json))
 
 
 def _sampling_of(planned: Plan, device: str) -> Sampling:
@@ -283,28 +289,28 @@ def _sampling_of(planned: Plan, device: str) -> Sampling:
 
 def _evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:
     """The report of a finished job goes beside its folder."""
+    from bitroute.eval.evaluate import evaluate
     from bitroute.eval.gate import parse_gate
 
     recipe = planned.recipe.recipe
     gate = recipe.eval.gate if recipe and recipe.eval else {}
     limits = parse_gate({str(metric): limit for metric, limit in gate.items()})
     report = folder.with_name(f"{folder.name}-report")
-    return _evaluate(planned.pipeline.name, [str(folder)], sampling, limits, report, True, False)
+    return _evaluate(planned.pipeline.name, [str(folder)], sampling, limits, report, evaluate, False)
 
 
 def _evaluate(
     original: str, quantized: Sequence[str], sampling: Sampling, limits: Sequence[Limit], out: Path,
-    share_text: bool, as_json: bool,
+    compare: Callable[..., Evaluation], as_json: bool,
 ) -> int:  # fmt: skip
     """Writes the report; the exit code."""
-    from bitroute.eval.evaluate import evaluate
     from bitroute.eval.page import write_page
     from bitroute.eval.report import table, write_report
 
     def report(what: str) -> None:
         click.echo(f"drawing: {what}", err=True)
 
-    found = evaluate(original, quantized, sampling, limits=limits, share_text=share_text, progress=report)
+    found = compare(original, quantized, sampling, limits=limits, progress=report)
     content = write_report(found, out)
     page = write_page(content, out)
     verdicts = "\n".join(candidate["verdict"] for candidate in content["candidates"])

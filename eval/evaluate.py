@@ -16,6 +16,8 @@ from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem
 from bitroute.eval.gate import Limit
 from bitroute.eval.generate import draw_apart
+from bitroute.eval.recording import record_apart
+from bitroute.eval.replay import Replay, replay_apart
 from bitroute.eval.sampling import Sample, Sampling, library_versions
 from bitroute.eval.scores import Scores, read_pictures, score, unrelated_lpips
 from bitroute.eval.tripwires import bad_pictures, unquantized, unrelated
@@ -42,6 +44,7 @@ class Candidate:
     tripwires: Sequence[str]
     limits: Sequence[Limit]
     closeness: str = ""  # identical, indistinguishable, or empty
+    replay: Replay | None = None  # errors of the denoiser per step and layer, on the original's inputs
 
     @property
     def passed(self) -> bool:
@@ -61,6 +64,7 @@ class Evaluation:
     environment: Mapping[str, Any] = field(default_factory=dict)
     share_text: bool = True
     unrelated_lpips: float | None = None  # of the original's pictures of different prompts
+    recorded: Path | None = None  # what the original's denoiser was given and answered
 
     @property
     def passed(self) -> bool:
@@ -69,11 +73,12 @@ class Evaluation:
 
 def evaluate(
     original: str, quantized: Sequence[str], sampling: Sampling, *, limits: Sequence[Limit] = (),
-    share_text: bool = True, cache: Path | None = None, progress: Progress | None = None,
+    share_text: bool = True, denoiser: bool = True, cache: Path | None = None, progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Compares quantized pipelines with their original on the same prompts, seeds and settings.
 
     share_text: every candidate uses the original's text encoders, so that only the other components differ.
+    denoiser: also feed the original's inputs to every candidate's denoiser: its error per step, and per layer.
     cache: where pictures are kept, keyed by everything that decides them; by default the user's cache folder.
 
     Raises:
@@ -90,7 +95,9 @@ def evaluate(
         raise JobError(Problem("the original itself draws broken pictures", original, got="; ".join(broken)))
     floor = _floor(source, sampling, samples, drawn, store, report)
     far = unrelated_lpips(samples, drawn.pictures)
-    found = Evaluation(source, sampling, samples, drawn, floor, [], _environment(sampling), share_text, far)
+    recorded = _record(source, sampling, store, report) if denoiser else None
+    environment = _environment(sampling)
+    found = Evaluation(source, sampling, samples, drawn, floor, [], environment, share_text, far, recorded)
     candidates = []
     for name, folder in folders.items():
         report(name)
@@ -140,10 +147,17 @@ def _floor(
     }
 
 
+def _record(source: Path, sampling: Sampling, store: Path, report: Progress) -> Path:
+    report("the original's denoiser")
+    folder = store / f"{sampling.key(source)}-recorded"
+    record_apart(source, sampling, folder)
+    return folder
+
+
 def _judge(name: str, model: Path, found: Evaluation, store: Path, limits: Sequence[Limit]) -> Candidate:
     text_from = found.original if found.share_text else None
     tripwires = list(unquantized(found.original, model, found.share_text))
-    run = scores = None
+    run = scores = replay = None
     try:
         folder = store / found.sampling.key(model, *([text_from] if text_from else []))
         run = _draw(model, found.sampling, found.samples, folder, text_from)
@@ -151,9 +165,11 @@ def _judge(name: str, model: Path, found: Evaluation, store: Path, limits: Seque
         tripwires += bad
         scores = score(found.samples, found.drawn.pictures, run.pictures)
         tripwires += [] if bad else unrelated(scores.mean("lpips"), found.unrelated_lpips)
+        if found.recorded and not bad:
+            replay = replay_apart(model, found.original, found.recorded, found.sampling)
     except JobError as error:
         tripwires.append(_reason(error, name, model, store))
-    return Candidate(name, model, run, scores, tripwires, limits, closeness(scores, found.floor))
+    return Candidate(name, model, run, scores, tripwires, limits, closeness(scores, found.floor), replay)
 
 
 def _reason(error: JobError, name: str, model: Path, store: Path) -> str:

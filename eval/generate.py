@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -28,9 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bitroute  # noqa: F401  registers the loader of bitroute's own container
 from bitroute.convert.checkpoint import Component, open_pipeline
 from bitroute.convert.loading import lift_gpu_check
-from bitroute.convert.noise import quiet
 from bitroute.convert.reading import read_json
-from bitroute.errors import JobError, Problem
+from bitroute.eval.apart import answer, run_apart
 from bitroute.eval.sampling import Sample, Sampling
 
 
@@ -41,13 +39,13 @@ def draw_apart(model: Path, sampling: Sampling, folder: Path, text_from: Path | 
         JobError: diffusers cannot load or run the pipeline, with what it said.
     """
     if not _is_finished(sampling, folder):
-        request = {"model": str(model), "folder": str(folder), "text_from": str(text_from) if text_from else None}
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "bitroute.eval.generate"], capture_output=True, text=True, check=False,
-            input=json.dumps({**request, "sampling": sampling.describe()}),
-        )  # fmt: skip
-        if done.returncode:
-            raise JobError(Problem("the pipeline does not draw", str(model), got=_reason(done)))
+        request: dict[str, Any] = {
+            "model": str(model),
+            "folder": str(folder),
+            "text_from": str(text_from) if text_from else None,
+        }
+        request["sampling"] = sampling.describe()
+        run_apart("bitroute.eval.generate", request, "the pipeline does not draw", model)
     return read_json(folder / "run.json")
 
 
@@ -130,7 +128,7 @@ def _draw_sample(pipe: Any, sampling: Sampling, sample: Sample, folder: Path) ->
     call = dict(sampling.call)
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         call["callback_on_step_end"] = remember
-    generator = torch.Generator().manual_seed(sample.seed * 100_003 + sample.prompt_index)
+    generator = torch.Generator().manual_seed(sample.noise_seed)
     with _attention(sampling.attention), torch.inference_mode():
         picture: Image.Image = pipe(sample.prompt, generator=generator, **call).images[0]
     if latents:
@@ -160,23 +158,10 @@ def _peak_device_bytes(device: str) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """What a failed process said last."""
-    if done.returncode < 0:
-        return f"its process was ended by signal {-done.returncode}, which may mean that memory ran out"
-    said = done.stderr.strip().splitlines()
-    return said[-1][:500] if said else f"its process ended with {done.returncode}"
-
-
-def _main() -> None:
-    quiet()
-    request = json.load(sys.stdin)
+def _work(request: dict[str, Any]) -> None:
     text_from = Path(request["text_from"]) if request["text_from"] else None
-    try:
-        draw(Path(request["model"]), Sampling(**request["sampling"]), Path(request["folder"]), text_from)
-    except Exception as error:  # whatever the libraries raise is the answer, on one line
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    draw(Path(request["model"]), Sampling(**request["sampling"]), Path(request["folder"]), text_from)
 
 
 if __name__ == "__main__":
-    _main()
+    answer(_work)

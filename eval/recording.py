@@ -136,7 +136,7 @@ class Recorder:
         call = dict(sampling.call)
         if "output_type" in inspect.signature(self.pipe.__call__).parameters:
             call["output_type"] = "latent"
-        generator = torch.Generator().manual_seed(sample.seed * 100_003 + sample.prompt_index)
+        generator = torch.Generator().manual_seed(sample.noise_seed)
         with torch.inference_mode():
             self.pipe(sample.prompt, generator=generator, **call)
         return self.tape

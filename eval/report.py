@@ -108,15 +108,23 @@ def _gate_verdict(candidate: Candidate, scores: Scores) -> str:
 
 def table(evaluation: Evaluation) -> str:
     """Size and scores as aligned text, the noise floor first."""
-    rows = [("", "size", *TITLES.values())]
+    rows = [("", "size", *TITLES.values(), "denoiser error")]
     for what, scores in evaluation.floor.items():
         rows.append((f"floor: {what}", "", *(words(m, _mean(scores, m)) for m in TITLES)))
     for candidate in evaluation.candidates:
         judged = None if candidate.tripwires else candidate.scores
-        shown = [words(m, _mean(judged, m)) for m in TITLES] if judged else ["rejected"]
-        rows.append((candidate.name, size(folder_bytes(candidate.model)), *shown))
+        shown = [words(m, _mean(judged, m)) for m in TITLES] if judged else ["rejected", *[""] * (len(TITLES) - 1)]
+        rows.append((candidate.name, size(folder_bytes(candidate.model)), *shown, denoiser_error(candidate)))
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
+
+
+def denoiser_error(candidate: Candidate) -> str:
+    """Mean over the steps of the teacher-forced relative error, in percent."""
+    if candidate.replay is None:
+        return ""
+    errors = [float(step["relative_error"]) for step in candidate.replay.trajectory["timesteps"]]
+    return f"{100 * sum(errors) / len(errors):.2f} %"
 
 
 def folder_bytes(folder: Path) -> int:
@@ -139,8 +147,15 @@ def _candidate(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
         "pictures": f"pictures/{_folder_name(candidate)}" if candidate.run else "",
         "scores": candidate.scores.describe() if candidate.scores else {},
         "gate": [_limit(candidate, i) for i in range(len(candidate.limits))],
+        **_denoiser(candidate),
         "samples": _samples(candidate, evaluation),
     }
+
+
+def _denoiser(candidate: Candidate) -> dict[str, Any]:
+    if candidate.replay is None:
+        return {}
+    return {"trajectory": dict(candidate.replay.trajectory), "layers": list(candidate.replay.layers)}
 
 
 def _limit(candidate: Candidate, index: int) -> dict[str, Any]:

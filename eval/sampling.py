@@ -31,6 +31,11 @@ class Sample:
     seed: int
 
     @property
+    def noise_seed(self) -> int:
+        """Another one for each prompt and seed, the same for every pipeline."""
+        return self.seed * 100_003 + self.prompt_index
+
+    @property
     def stem(self) -> str:
         return f"{self.prompt_index:04d}-{self.seed}"
 

@@ -33,7 +33,7 @@ def run(place: Path) -> Eval:
     def run(*words: str | Path, cache: str = "cache") -> Result:
         settings = [*SETTINGS, "--prompts", str(place / "prompts.txt")]
         environment = {"XDG_CACHE_HOME": str(place / cache), "OMP_NUM_THREADS": "1"}
-        arguments = ["eval", *map(str, words), *settings]
+        arguments = ["eval", *map(str, words), *settings, "--pictures-only"]
         return CliRunner().invoke(main, arguments, prog_name="quantize", env=environment)
 
     return run

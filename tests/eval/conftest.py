@@ -40,7 +40,7 @@ def judge(tiny: Path, sampling: Sampling, cache: Path, fill: Callable[..., None]
         if drawable:
             fill(cache, tiny, candidates, sampling, share_text)
         models = [str(candidate) for candidate in candidates]
-        return evaluate(str(tiny), models, sampling, limits=limits, share_text=share_text, cache=cache)
+        return evaluate(str(tiny), models, sampling, limits=limits, share_text=share_text, denoiser=False, cache=cache)
 
     return judge
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bitroute.convert.job import quantize
 from bitroute.errors import JobError, SourceError
 from bitroute.eval.evaluate import Evaluation, closeness, evaluate
 from bitroute.eval.gate import parse_gate
@@ -67,7 +68,7 @@ def test_eight_bits_beat_four_and_the_noise_floor_beats_them_all(
     formats = ("int8", "fp8", "nf4", "mxfp4")
     models = [convert(f"tiny-flux-{name}") for name in formats]
     fill(tmp_path, tiny, models, long)
-    found = evaluate(str(tiny), [str(model) for model in models], long, cache=tmp_path)
+    found = evaluate(str(tiny), [str(model) for model in models], long, denoiser=False, cache=tmp_path)
     scored = [candidate.scores for candidate in found.candidates if candidate.scores]
     assert found.passed and len(scored) == 4
     int8, fp8, nf4, mxfp4 = ((found.mean("psnr"), -found.mean("lpips")) for found in scored)
@@ -87,10 +88,10 @@ def test_a_second_candidate_redraws_nothing_of_the_original(
     first, second = (str(convert(name)) for name in ("tiny-flux-fp8", "tiny-flux-nf4"))
     fill(tmp_path, tiny, [Path(first)], sampling)
     before = snapshot(tmp_path)
-    assert evaluate(str(tiny), [first], sampling, cache=tmp_path).passed
+    assert evaluate(str(tiny), [first], sampling, denoiser=False, cache=tmp_path).passed
     assert snapshot(tmp_path) == before
     fill(tmp_path, tiny, [Path(second)], sampling)
-    assert evaluate(str(tiny), [first, second], sampling, cache=tmp_path).passed
+    assert evaluate(str(tiny), [first, second], sampling, denoiser=False, cache=tmp_path).passed
     after = snapshot(tmp_path)
     assert {name: after[name] for name in before if not name.endswith("/lock")} == {
         name: changed for name, changed in before.items() if not name.endswith("/lock")
@@ -149,7 +150,7 @@ def test_an_original_that_draws_black_is_refused(
     black = damage(tiny, "vae", decode_to_black)
     fill(tmp_path / "cache", black, [], sampling)
     with pytest.raises(JobError, match="the original itself draws broken pictures") as error:
-        evaluate(str(black), [str(tiny)], sampling, cache=tmp_path / "cache")
+        evaluate(str(black), [str(tiny)], sampling, denoiser=False, cache=tmp_path / "cache")
     assert "single colour" in str(error.value)
 
 
@@ -191,7 +192,7 @@ def test_a_damaged_picture_in_the_cache_names_the_folder_to_remove(
     folder = tmp_path / sampling.key(tiny)
     os.truncate(folder / "0001-0.png", 100)
     with pytest.raises(JobError, match="a drawn picture cannot be read") as error:
-        evaluate(str(tiny), [str(tiny)], sampling, cache=tmp_path)
+        evaluate(str(tiny), [str(tiny)], sampling, denoiser=False, cache=tmp_path)
     assert f"remove {folder}" in str(error.value)
 
 
@@ -209,7 +210,7 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_drawn(
     tiny: Path, sampling: Sampling, tmp_path: Path
 ) -> None:
     with pytest.raises(SourceError):
-        evaluate(str(tiny), [str(tmp_path / "nothing")], sampling, cache=tmp_path / "cache")
+        evaluate(str(tiny), [str(tmp_path / "nothing")], sampling, denoiser=False, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -239,3 +240,15 @@ def test_a_picture_one_level_off_scores_as_the_formula_says(sampling: Sampling) 
     found = score(samples, first, [picture + 1 for picture in first])
     assert found.values["psnr"] == pytest.approx([mse_to_db(1.0)] * 3)
     assert not found.identical and score(samples, first, first).identical
+
+
+def test_the_denoiser_is_judged_on_the_originals_inputs(tiny: Path, sampling: Sampling, tmp_path: Path) -> None:
+    out = quantize("tiny-flux-fp8", out=tmp_path / "fp8")
+    found = evaluate(str(tiny), [str(out)], sampling, cache=tmp_path / "cache")
+    replay = found.candidates[0].replay
+    assert replay is not None
+    steps = [step["relative_error"] for step in replay.trajectory["timesteps"]]
+    assert len(steps) == sampling.call["num_inference_steps"]
+    assert all(0.005 < error < 0.1 for error in steps)
+    assert len(replay.layers) == 52
+    assert replay.layers[0]["relative_error"] < 0.05

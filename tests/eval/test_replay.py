@@ -144,7 +144,6 @@ def test_a_sabotaged_layer_comes_first_and_the_others_are_as_before(
     healthy = quantized(backend)
     before, after = play(healthy), play(sabotage(healthy, suffix, change))
     first, *others = after.layers
-    print('MARGIN', backend, suffix, change.__name__, first, others[0], errors(before), errors(after))
     assert first["layer"] == LAYER
     assert first["relative_error"] > max(lowest, 2 * others[0]["relative_error"])
     assert others == [found for found in before.layers if found["layer"] != LAYER]
