@@ -18,6 +18,7 @@ from bitroute.convert.entry import Entry
 from bitroute.convert.profile import find_profile
 from bitroute.convert.recipe import ComponentRecipe, RecipeFile, read_recipe
 from bitroute.convert.routing import Route, route
+from bitroute.convert.workers import cores
 from bitroute.errors import BackendError, Problem, RecipeError, SourceError, did_you_mean
 
 SHARD_BYTES = 5_000_000_000
@@ -126,15 +127,14 @@ class Plan:
 
     @property
     def job_peak_bytes(self) -> int:
-        """Anonymous memory above an idle interpreter that has imported the libraries."""
-        return WORKSPACE_BYTES + max(
-            (e.source.spec.size_bytes for c in self.components for e in c.quantized), default=0
-        )
+        """Anonymous memory above an idle interpreter with the libraries imported: a layer at most for each worker."""
+        largest = max((e.source.spec.size_bytes for c in self.components for e in c.quantized), default=0)
+        return WORKSPACE_BYTES + cores() * largest
 
     @property
     def verify_peak_bytes(self) -> int:
-        """Decoding the largest layer in float32 beside its source, or loading the largest component."""
-        decode = max((12 * e.weight.numel for c in self.components for e in c.quantized), default=0)
+        """Each worker decoding the largest layer in float32 beside its source, or loading the largest component."""
+        decode = cores() * max((12 * e.weight.numel for c in self.components for e in c.quantized), default=0)
         load = LOADING_BYTES + max((c.size_bytes for c in self.components), default=0)
         return max(WORKSPACE_BYTES + decode, load)
 
@@ -149,7 +149,7 @@ def plan(recipe: str, model: str | None = None) -> Plan:
     problems = list(file.problems)
     if file.recipe is None:
         raise RecipeError(problems)
-    pipeline = open_or_report(file.recipe.model if model is None else model, file, problems)
+    pipeline = _open_or_report(file.recipe.model if model is None else model, file, problems)
     components = []
     for name, component_recipe in file.recipe.components.items():
         if name not in pipeline.components:
@@ -164,15 +164,11 @@ def plan(recipe: str, model: str | None = None) -> Plan:
     return Plan(file, pipeline, tuple(components), copied)
 
 
-def open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Problem]) -> Pipeline:
+def _open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Problem]) -> Pipeline:
     """The pipeline; where there is none, the recipe's own problems are reported with it."""
     if model is None:
-        raise RecipeError(
-            [
-                *problems,
-                Problem("no model", file.name, next_step="give --model DIR, or `model:` in the recipe"),
-            ]
-        )
+        missing = Problem("no model", file.name, next_step="give --model DIR, or `model:` in the recipe")
+        raise RecipeError([*problems, missing])
     try:
         return open_pipeline(model)
     except SourceError as error:
