@@ -19,7 +19,6 @@ from bitroute.convert import plan as planning
 from bitroute.convert.describe import describe
 from bitroute.convert.entry import Entry
 from bitroute.convert.layout import read_header
-from bitroute.convert.plan import Plan
 from bitroute.errors import RecipeError
 
 TINY_RECIPES = [f"tiny-flux-{name}" for name in ("fp8", "int8", "nf4", "nvfp4", "mxfp4", "mixed")]
@@ -263,12 +262,12 @@ def _size(shard: list[Entry]) -> int:
     return sum(entry.size_bytes for entry in shard)
 
 
-def test_peaks_of_memory_grow_with_the_largest_layer_only() -> None:
-    def shape(planned: Plan) -> int:
-        return max(entry.source.spec.size_bytes for c in planned.components for entry in c.quantized)
-
+def test_the_memory_of_a_job_grows_with_its_workers_and_the_largest_layer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "cores", lambda: 3)
     planned = plan("tiny-flux-fp8")
-    assert planned.job_peak_bytes == planning.WORKSPACE_BYTES + shape(planned) == 256 * 2**20 + 1152 * 192 * 2
+    largest = max(entry.source.spec.size_bytes for c in planned.components for entry in c.quantized)
+    assert largest == 1152 * 192 * 2
+    assert planned.job_peak_bytes == 256 * 2**20 + 3 * largest
 
 
 def test_a_recipe_without_a_model_says_how_to_give_one(write_recipe: Write) -> None:
