@@ -4,8 +4,7 @@
     ├── RecipeError     the recipe, or its plan, is refused before a weight is read     exit 2
     ├── SourceError     a source or a checkpoint cannot be read as what it claims to be exit 2
     ├── BackendError    a backend is unknown, unavailable or was given bad options      exit 2
-    ├── JobError        the job started and could not finish                            exit 1
-    └── VerifyError     the written checkpoint is not what the plan promised            exit 1
+    └── JobError        the job started and could not finish                            exit 1
 
 An error carries one or more problems; each says what, where, got, expected and the next step.
 """
@@ -58,10 +57,6 @@ class BackendError(BitrouteError):
 
 
 class JobError(BitrouteError):
-    exit_code = 1
-
-
-class VerifyError(BitrouteError):
     exit_code = 1
 
 

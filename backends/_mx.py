@@ -126,10 +126,7 @@ class MX(Backend):
             "scaling_mode": ScaleCalculationMode.RCEIL,
         }
         tensor = MXTensor(
-            **{
-                suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-                for suffix, spec in self.outputs(weight).items()
-            },
+            **self.on_meta(weight),
             elem_dtype=weight_dtype,
             block_size=BLOCK,
             orig_dtype=COMPUTE_DTYPE,

@@ -137,6 +137,13 @@ class Backend(ABC):
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         """Suffix → what will be stored for a weight [out, in]; exact, so that a plan needs no data."""
 
+    def on_meta(self, weight: TensorSpec) -> dict[str, Tensor]:
+        """The outputs as tensors without data, for records and for layers that are still to be loaded."""
+        return {
+            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for suffix, spec in self.outputs(weight).items()
+        }
+
     def rows_multiple(self, weight: TensorSpec) -> int:
         """Every block but the last must be a multiple of so many rows."""
         return 1

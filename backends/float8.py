@@ -70,10 +70,7 @@ class Float8(Backend):
         return stored["qdata"].float() * stored["scale"]
 
     def record(self, weight: TensorSpec) -> NativeRecord:
-        stored = {
-            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-            for suffix, spec in self.outputs(weight).items()
-        }
+        stored = self.on_meta(weight)
         if self.activations == "none":
             return native_record(self._tensor(stored, weight), Float8WeightOnlyConfig())
         config = Float8DynamicActivationFloat8WeightConfig(

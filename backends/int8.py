@@ -55,10 +55,7 @@ class Int8(Backend):
         return stored["qdata"].float() * stored["scale"]
 
     def record(self, weight: TensorSpec) -> NativeRecord:
-        stored = {
-            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-            for suffix, spec in self.outputs(weight).items()
-        }
+        stored = self.on_meta(weight)
         dynamic = self.activations == "dynamic"
         config = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig(version=2)
         return native_record(self._tensor(stored, weight), config)

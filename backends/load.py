@@ -168,9 +168,7 @@ def attach(
     for layer in layers:
         if not set(layer.name.split(".")).isdisjoint(float32):
             layer.linear.to(torch.float32)
-        stored = {
-            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in layer.outputs.items()
-        }
+        stored = layer.backend.on_meta(_spec(layer.linear))
         model.set_submodule(layer.name, layer.backend.attach(layer.linear, stored))
     return frozenset(expected)
 

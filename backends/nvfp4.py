@@ -120,10 +120,7 @@ class NVFP4(Backend):
             else NVFP4WeightOnlyConfig()
         )
         activations = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
-        stored = {
-            suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-            for suffix, spec in self.outputs(weight).items()
-        }
+        stored = self.on_meta(weight)
         tensor = NVFP4Tensor(
             **stored,
             block_size=BLOCK,

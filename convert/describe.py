@@ -31,25 +31,15 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def provenance(plan: Plan) -> dict[str, Any]:
     """The content of `bitroute.json`: everything needed to make or to judge the checkpoint again."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "bitroute": version("bitroute"),
-        "libraries": {library: version(library) for library in LIBRARIES},
-        "source": {"model": plan.pipeline.name},
-        "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
-        "files": written_files(plan),
-        "plan": describe(plan),
-    }
+    return {**_origin(plan), "files": written_files(plan), "plan": describe(plan)}
 
 
 def summary(plan: Plan, component: ComponentPlan) -> dict[str, Any]:
-    """What a component's `quantization_config` carries of its origin: the same, with layers folded into ranges."""
+    """What a component's `quantization_config` carries of its origin, and its layers folded into ranges."""
     layers: dict[str, list[str]] = {}
     for entry in component.quantized:
         layers.setdefault(label(entry), []).append(entry.layer)
-    origin = provenance(plan)
-    kept = {key: origin[key] for key in ("format_version", "bitroute", "libraries", "source", "recipe")}
-    return {**kept, "layers": {name: [str(f) for f in fold(names)] for name, names in layers.items()}}
+    return {**_origin(plan), "layers": {name: [str(f) for f in fold(names)] for name, names in layers.items()}}
 
 
 def label(entry: Entry) -> str:
@@ -70,6 +60,16 @@ def written_files(plan: Plan) -> list[str]:
 
 def index_names(component: ComponentPlan) -> list[str]:
     return [f"{component.component.stem}.safetensors.index.json"] if len(component.shards) > 1 else []
+
+
+def _origin(plan: Plan) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "bitroute": version("bitroute"),
+        "libraries": {library: version(library) for library in LIBRARIES},
+        "source": {"model": plan.pipeline.name},
+        "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
+    }
 
 
 def _component(plan: ComponentPlan) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
-_BLOCK = re.compile(r"(?<![^.])(\d+)(?![^.])")
+_BLOCK = re.compile(r"(?<![^.])(0|[1-9]\d*)(?![^.])")  # without leading zeros: a number that unfolds to itself
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Fold:
         return f"{re.escape(self.before)}(?:{numbers}){re.escape(self.after)}"
 
     @property
-    def count(self) -> int:
-        return max(len(self.numbers), 1)
+    def names(self) -> list[str]:
+        """The folded names."""
+        return [f"{self.before}{number}{self.after}" for number in self.numbers] or [self.before]
 
 
 def fold(names: Iterable[str]) -> list[Fold]:

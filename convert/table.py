@@ -58,10 +58,9 @@ def broken_at_dots(name: str, width: int) -> str:
 
 def component_rows(component: ComponentPlan) -> Iterable[Sequence[str]]:
     rest = [entry for entry in component.entries if not _shown(entry)]
-    groups = {entry.layer: _key(entry) for entry in component.entries if _shown(entry)}
     by_layer = {entry.layer: entry for entry in component.entries if _shown(entry)}
-    for key, names, folds in _joined(fold_by(groups)):
-        entries = [by_layer[layer] for layer in groups if groups[layer] == key and _in(layer, folds)]
+    for key, names, folds in _joined(fold_by({layer: _key(entry) for layer, entry in by_layer.items()})):
+        entries = [by_layer[layer] for fold in folds for layer in fold.names]
         yield (names, *key, *_sizes(entries))
     if rest:
         yield (f"{REST} ({len(rest)} tensors)", "", "", "keep", "", *_sizes(rest))
@@ -161,15 +160,6 @@ def _joined(folds: Iterable[tuple[Any, Fold]]) -> Iterable[tuple[Any, str, list[
             last = ",".join(fold.after.rpartition(".")[2] for fold in alike)
             shared = str(first).removesuffix(first.after)
             yield key, f"{shared}{parent}.{{{last}}}", alike
-
-
-def _in(layer: str, folds: Sequence[Fold]) -> bool:
-    for fold in folds:
-        middle = layer[len(fold.before) : len(layer) - len(fold.after)]
-        whole = layer.startswith(fold.before) and layer.endswith(fold.after)
-        if whole and (middle.isdigit() and int(middle) in fold.numbers if fold.numbers else not middle):
-            return True
-    return False
 
 
 def _sizes(entries: Sequence[Entry]) -> tuple[str, str, str]:

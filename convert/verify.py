@@ -14,7 +14,7 @@ from bitroute.convert.files import sha256
 from bitroute.convert.record import Record, RecordedComponent, read_record
 from bitroute.convert.reload import reload
 from bitroute.convert.workers import run_all
-from bitroute.errors import BitrouteError, Problem, SourceError, VerifyError
+from bitroute.errors import BitrouteError, Problem, SourceError
 
 
 @dataclass
@@ -69,11 +69,6 @@ def verify(
     if source:
         _check_copies(record.copied, source, found)
     return found
-
-
-def raise_for_problems(found: Verification) -> None:
-    if found.problems:
-        raise VerifyError(found.problems)
 
 
 def _open_source(model: str, found: Verification) -> Pipeline | None:

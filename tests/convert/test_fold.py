@@ -46,7 +46,8 @@ def test_only_layers_of_one_key_fold_together() -> None:
 @given(NAMES)
 def test_the_regexes_of_the_folds_match_the_folded_names_once_and_no_others(names: list[str]) -> None:
     folds = fold(names)
-    assert sum(found.count for found in folds) == len(names)
+    assert sum(len(found.names) for found in folds) == len(names)
+    assert sorted(name for found in folds for name in found.names) == sorted(names)
     for name in names:
         assert sum(bool(re.fullmatch(found.regex, name)) for found in folds) == 1
     others = [name.replace("attn", "attm") + "x" for name in names] + [f"a.{name}" for name in names]
