@@ -10,4 +10,5 @@ files → output → writer → job       whole files only, the folder, one shar
 record → fidelity, reload → verify  what the job wrote, held against its source, loaded (loading: in its own process)
 inspection, doctor                  any file or folder; this machine
 progress, noise                     bars on stderr; the libraries' remarks kept off it
+commands                            the small commands around a job
 """

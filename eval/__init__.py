@@ -5,4 +5,5 @@ metrics, lpips, flip → scores   the distance of every picture from the origina
 intervals, tripwires, gate      how sure the means are, what no score can be trusted on, what must hold
 evaluate → report → page        original and candidates, report.json, one HTML page (pictures, plots)
 sheet                           a contact sheet as PNG
+commands                        the same on the command line
 """

@@ -1,0 +1,104 @@
+"""The evaluation's commands: eval, and what `--eval` does after a job."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bitroute.convert.commands import CONTEXT, JSON, show
+from bitroute.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bitroute.convert.plan import Plan
+    from bitroute.eval.evaluate import Evaluation
+    from bitroute.eval.gate import Limit
+    from bitroute.eval.sampling import Sampling
+
+
+@click.command("eval", context_settings=CONTEXT)
+@click.argument("original")
+@click.argument("quantized", nargs=-1, required=True)
+@click.option("--prompts", default="emoji-16", show_default=True, help="A prompt set, or a text file, one a line.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
+@click.option("--seeds", default="0", show_default=True, help="One picture of each prompt per seed: 0,1,2.")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps  [default: the pipeline's]")
+@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the pipeline's]")
+@click.option("--call", multiple=True, metavar="NAME=VALUE", help="Any other argument of the pipeline.")
+@click.option("--gate", help="Limits on the means: lpips<0.1,psnr>28; exit code 3 where one fails.")
+@click.option("--device", default="cpu", show_default=True, help="Where the pipelines run: cpu, cuda, mps.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="torch threads; recorded.")
+@click.option("--pictures-only", is_flag=True, help="Leave out the denoiser's error per step and per layer.")
+@click.option("--own-text", is_flag=True, help="Candidates encode prompts with their own text encoders.")
+@JSON
+@click.pass_context
+def evaluate_folders(
+    ctx: click.Context, original: str, quantized: tuple[str, ...], prompts: str, out: Path, seeds: str,
+    steps: int | None, size: str | None, call: tuple[str, ...], gate: str | None, device: str, threads: int,
+    pictures_only: bool, own_text: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Is it still good? QUANTIZED against ORIGINAL.
+
+    Draws the same prompts and seeds with every pipeline, measures LPIPS, PSNR, SSIM and MS-SSIM beside the noise
+    floor, feeds the original's inputs to every denoiser (error per step and per layer), and writes report.html and
+    report.json. Exit codes: 0 good, 1 rejected, 3 the gate failed.
+    """
+    from bitroute.eval.evaluate import evaluate
+    from bitroute.eval.gate import parse_gate
+    from bitroute.eval.sampling import Sampling, call_arguments, parse_seeds, read_prompts
+
+    limits = parse_gate(gate)
+    arguments = call_arguments(call, steps, size)
+    sampling = Sampling(read_prompts(prompts), parse_seeds(seeds), arguments, device, threads)
+    compare = partial(evaluate, share_text=not own_text, denoiser=not pictures_only)
+    ctx.exit(_evaluate(original, quantized, sampling, limits, out, compare, as_json))
+
+
+def sampling_of(planned: Plan, device: str) -> Sampling:
+    """What the recipe's `eval` draws; refused before the job if it cannot be."""
+    from bitroute.errors import RecipeError
+    from bitroute.eval.sampling import Sampling, read_prompts
+
+    recipe = planned.recipe.recipe
+    if recipe is None or recipe.eval is None:
+        mend = "add `eval: {prompts: general-16}` to the recipe, or run `quantize eval` afterwards"
+        raise RecipeError(Problem("the recipe does not say how to evaluate", planned.recipe.name, next_step=mend))
+    chosen = recipe.eval
+    call = {**chosen.call, **({"num_inference_steps": chosen.steps} if chosen.steps else {})}
+    return Sampling(read_prompts(chosen.prompts), tuple(chosen.seeds), call, device)
+
+
+def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:
+    """The report of a finished job goes beside its folder."""
+    from bitroute.eval.evaluate import evaluate
+    from bitroute.eval.gate import parse_gate
+
+    recipe = planned.recipe.recipe
+    gate = recipe.eval.gate if recipe and recipe.eval else {}
+    limits = parse_gate({str(metric): limit for metric, limit in gate.items()})
+    report = folder.with_name(f"{folder.name}-report")
+    return _evaluate(planned.pipeline.name, [str(folder)], sampling, limits, report, evaluate, False)
+
+
+def _evaluate(
+    original: str, quantized: Sequence[str], sampling: Sampling, limits: Sequence[Limit], out: Path,
+    compare: Callable[..., Evaluation], as_json: bool,
+) -> int:  # fmt: skip
+    """Writes the report; the exit code."""
+    from bitroute.eval.page import write_page
+    from bitroute.eval.report import table, write_report
+
+    def report(what: str) -> None:
+        click.echo(f"drawing: {what}", err=True)
+
+    found = compare(original, quantized, sampling, limits=limits, progress=report)
+    content = write_report(found, out)
+    page = write_page(content, out)
+    verdicts = "\n".join(candidate["verdict"] for candidate in content["candidates"])
+    show(content, as_json, f"{table(found)}\n\n{verdicts}\nreport: {page}")
+    rejected = any(candidate.tripwires for candidate in found.candidates)
+    return 1 if rejected else 0 if found.passed else 3
