@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from bitroute.convert.architecture import build
 from bitroute.convert.checkpoint import Component, Pipeline
@@ -22,10 +23,27 @@ Progress = Callable[[int, str], None]  # stored bytes done since the last call, 
 
 @dataclass(frozen=True)
 class LayerQuality:
+    """A stored weight ŵ beside its source w."""
+
     component: str
     layer: str
     backend: str
-    sqnr_db: float  # 10·log10(Σw² / Σ(ŵ-w)²); infinite where nothing was lost
+    weights: int
+    stored_bytes: int  # scales included
+    signal: float  # Σw²
+    noise: float  # Σ(ŵ-w)²
+    largest_error: float  # max |ŵ-w|
+
+    @property
+    def sqnr_db(self) -> float:
+        return decibels(self.signal, self.noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10·log10(signal / noise); infinite where nothing was lost."""
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def compare_weights(
@@ -64,24 +82,15 @@ def _check(
     if not entry.quantized:
         same = original is None or _is_copy(component, entry, original)
         return None, None if same else _bad_layer(component, entry, "other values than the source", "an exact copy")
-    signal, noise, finite = _compare(component, entry, original)
-    if not finite:
+    decoded = _decode(component, entry)
+    quality = _compare(component.name, entry, decoded, original) if original else None
+    if not (math.isfinite(quality.noise) if quality else decoded.isfinite().all()):
         return None, _bad_layer(component, entry, "NaN or infinite values", "finite weights")
-    if original is None:
-        return None, None
-    sqnr_db = _decibels(signal, noise)
-    quality = LayerQuality(component.name, entry.layer, entry.backend.name, sqnr_db)
     lowest = entry.backend.lowest_sqnr_db
-    if sqnr_db < lowest:
+    if quality and quality.sqnr_db < lowest:
         expected = f"at least {lowest:.0f} dB for {entry.backend.name}"
-        return quality, _bad_layer(component, entry, f"SQNR {sqnr_db:.1f} dB", expected)
+        return quality, _bad_layer(component, entry, f"SQNR {quality.sqnr_db:.1f} dB", expected)
     return quality, None
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if not noise:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def _originals(source: Pipeline, name: str) -> dict[str, StoredTensor]:
@@ -90,18 +99,31 @@ def _originals(source: Pipeline, name: str) -> dict[str, StoredTensor]:
     return build(source.components[name]).sources
 
 
-def _compare(component: Component, entry: RecordedEntry, original: StoredTensor | None) -> tuple[float, float, bool]:
-    """Σw², Σ(ŵ-w)² and whether every decoded value is finite; the source is read in blocks of rows."""
+def _decode(component: Component, entry: RecordedEntry) -> Tensor:
+    """[out, in], float32."""
     stored = {suffix: read_tensor(component.tensors[name]) for suffix, (name, _) in entry.tensors.items()}
-    decoded = entry.backend.decode(stored, entry.weight)
-    if original is None:
-        return 0.0, 0.0, bool(decoded.isfinite().all())
-    signal = noise = 0.0
+    return entry.backend.decode(stored, entry.weight)
+
+
+def _compare(component: str, entry: RecordedEntry, decoded: Tensor, original: StoredTensor) -> LayerQuality:
+    """The source is read in blocks of rows; no temporary is larger than one, and sums are in float64."""
+    signal = noise = largest = 0.0
     for start, stop in entry.backend.block_bounds(entry.weight):
         rows = read_rows(original, start, stop).float()
-        signal += rows.double().square().sum().item()
-        noise += (decoded[start:stop] - rows).double().square().sum().item()
-    return signal, noise, noise == noise and noise != float("inf")
+        error = decoded[start:stop] - rows
+        low, high = error.aminmax()
+        largest = max(largest, -low.item(), high.item())
+        signal += _energy(rows)
+        noise += _energy(error)
+    stored_bytes = sum(spec.size_bytes for _, spec in entry.tensors.values())
+    return LayerQuality(
+        component, entry.layer, entry.backend.name, entry.weight.numel, stored_bytes, signal, noise, largest
+    )
+
+
+def _energy(rows: Tensor) -> float:
+    norm: float = torch.linalg.vector_norm(rows, dtype=torch.float64).item()
+    return norm**2
 
 
 def _is_copy(component: Component, entry: RecordedEntry, original: StoredTensor) -> bool:
@@ -114,7 +136,7 @@ def _is_copy(component: Component, entry: RecordedEntry, original: StoredTensor)
     )
 
 
-def _raw(rows: torch.Tensor) -> torch.Tensor:
+def _raw(rows: Tensor) -> Tensor:
     """NaN is not equal to itself, its bytes are."""
     return rows.contiguous().reshape(-1).view(torch.uint8)
 

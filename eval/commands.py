@@ -1,4 +1,4 @@
-"""The evaluation's commands: eval, and what `--eval` does after a job."""
+"""The evaluation's commands: eval, compare, and what `--eval` does after a job."""
 
 from __future__ import annotations
 
@@ -29,38 +29,82 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps  [default: the pipeline's]")
 @click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the pipeline's]")
 @click.option("--call", multiple=True, metavar="NAME=VALUE", help="Any other argument of the pipeline.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="A picture given to the pipeline; a folder has one for each prompt.",
+)
+@click.option("--pipeline", help="Another class of diffusers for the same models, such as FluxImg2ImgPipeline.")
+@click.option(
+    "--score",
+    "scores",
+    multiple=True,
+    metavar="NAME[=ARGUMENT]",
+    help="Judge each picture alone with a plug-in, such as clip=FOLDER.",
+)
 @click.option("--gate", help="Limits on the means: lpips<0.1,psnr>28; exit code 3 where one fails.")
 @click.option("--device", default="cpu", show_default=True, help="Where the pipelines run: cpu, cuda, mps.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="torch threads; recorded.")
-@click.option("--pictures-only", is_flag=True, help="Leave out the denoiser's error per step and per layer.")
+@click.option("--pictures-only", is_flag=True, help="Leave out the errors of weights, layers, steps and text encoders.")
 @click.option("--own-text", is_flag=True, help="Candidates encode prompts with their own text encoders.")
 @JSON
 @click.pass_context
 def evaluate_folders(
     ctx: click.Context, original: str, quantized: tuple[str, ...], prompts: str, out: Path, seeds: str,
-    steps: int | None, size: str | None, call: tuple[str, ...], gate: str | None, device: str, threads: int,
-    pictures_only: bool, own_text: bool, as_json: bool,
+    steps: int | None, size: str | None, call: tuple[str, ...], inputs: tuple[str, ...], pipeline: str | None,
+    scores: tuple[str, ...], gate: str | None, device: str, threads: int, pictures_only: bool, own_text: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Is it still good? QUANTIZED against ORIGINAL.
 
-    Draws the same prompts and seeds with every pipeline, measures LPIPS, PSNR, SSIM and MS-SSIM beside the noise
-    floor, feeds the original's inputs to every denoiser (error per step and per layer), and writes report.html and
-    report.json. Exit codes: 0 good, 1 rejected, 3 the gate failed.
+    Draws the same prompts and seeds with every pipeline, measures LPIPS, PSNR, SSIM, MS-SSIM and FLIP beside the noise
+    floor, feeds the original's inputs to every denoiser (error per step and per layer), and writes report.html,
+    report.json, and report.md and report.png for a model card. Exit codes: 0 good, 1 rejected, 3 the gate failed.
     """
     from bitroute.eval.evaluate import evaluate
     from bitroute.eval.gate import parse_gate
+    from bitroute.eval.inputs import parse_inputs
     from bitroute.eval.sampling import Sampling, call_arguments, parse_seeds, read_prompts
+    from bitroute.eval.standalone import parse_scores
 
     limits = parse_gate(gate)
     arguments = call_arguments(call, steps, size)
-    sampling = Sampling(read_prompts(prompts), parse_seeds(seeds), arguments, device, threads)
-    compare = partial(evaluate, share_text=not own_text, denoiser=not pictures_only)
+    chosen = read_prompts(prompts)
+    given = parse_inputs(inputs, len(chosen))
+    sampling = Sampling(chosen, parse_seeds(seeds), arguments, device, threads, pipeline=pipeline, inputs=given)
+    plug_ins = parse_scores(scores)
+    compare = partial(evaluate, share_text=not own_text, denoiser=not pictures_only, scores=plug_ins)
     ctx.exit(_evaluate(original, quantized, sampling, limits, out, compare, as_json))
+
+
+@click.command("compare", context_settings=CONTEXT)
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="REPORT...")
+@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the comparison.")
+@JSON
+def compare_folders(reports: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Which one is best? The candidates of every REPORT beside each other.
+
+    REPORT is a folder that `quantize eval` wrote; all of them must have drawn the same prompts and seeds with the same
+    original. Says which differences are significant (paired test), and writes compare.html, compare.json, and
+    compare.md and compare.png for a model card.
+    """
+    from bitroute.eval.card import write_card
+    from bitroute.eval.compare import compare_reports, comparison_text
+    from bitroute.eval.compare_page import write_comparison_page
+
+    content = compare_reports(reports, out)
+    write_card(content, out, "compare")
+    page = write_comparison_page(content, out)
+    show(content, as_json, f"{comparison_text(content)}\n\ncomparison: {page}")
 
 
 def sampling_of(planned: Plan, device: str) -> Sampling:
     """What the recipe's `eval` draws; refused before the job if it cannot be."""
     from bitroute.errors import RecipeError
+    from bitroute.eval.calling import check_call
+    from bitroute.eval.inputs import parse_inputs
     from bitroute.eval.sampling import Sampling, read_prompts
 
     recipe = planned.recipe.recipe
@@ -69,7 +113,11 @@ def sampling_of(planned: Plan, device: str) -> Sampling:
         raise RecipeError(Problem("the recipe does not say how to evaluate", planned.recipe.name, next_step=mend))
     chosen = recipe.eval
     call = {**chosen.call, **({"num_inference_steps": chosen.steps} if chosen.steps else {})}
-    return Sampling(read_prompts(chosen.prompts), tuple(chosen.seeds), call, device)
+    prompts = read_prompts(chosen.prompts)
+    inputs = parse_inputs([f"{name}={file}" for name, file in chosen.inputs.items()], len(prompts))
+    sampling = Sampling(prompts, tuple(chosen.seeds), call, device, pipeline=chosen.pipeline, inputs=inputs)
+    check_call(planned.pipeline.folder, sampling)
+    return sampling
 
 
 def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:
@@ -81,7 +129,8 @@ def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:
     gate = recipe.eval.gate if recipe and recipe.eval else {}
     limits = parse_gate({str(metric): limit for metric, limit in gate.items()})
     report = folder.with_name(f"{folder.name}-report")
-    return _evaluate(planned.pipeline.name, [str(folder)], sampling, limits, report, evaluate, False)
+    original = str(planned.pipeline.folder) if planned.pipeline.hub else planned.pipeline.name  # pinned, no request
+    return _evaluate(original, [str(folder)], sampling, limits, report, evaluate, False)
 
 
 def _evaluate(
@@ -89,6 +138,7 @@ def _evaluate(
     compare: Callable[..., Evaluation], as_json: bool,
 ) -> int:  # fmt: skip
     """Writes the report; the exit code."""
+    from bitroute.eval.card import write_report_card
     from bitroute.eval.page import write_page
     from bitroute.eval.report import table, write_report
 
@@ -97,6 +147,7 @@ def _evaluate(
 
     found = compare(original, quantized, sampling, limits=limits, progress=report)
     content = write_report(found, out)
+    write_report_card(out)
     page = write_page(content, out)
     verdicts = "\n".join(candidate["verdict"] for candidate in content["candidates"])
     show(content, as_json, f"{table(found)}\n\n{verdicts}\nreport: {page}")

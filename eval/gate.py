@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bitroute.errors import Problem, RecipeError, did_you_mean
 
-METRICS = {"lpips": "<", "psnr": ">", "ssim": ">", "ms_ssim": ">"}  # metric → the side on which good lies
+METRICS = {"lpips": "<", "psnr": ">", "ssim": ">", "ms_ssim": ">", "flip": "<"}  # metric → the side on which good lies
 _LIMIT = re.compile(r"\s*([a-z_-]+)\s*([<>])=?\s*([0-9.e+-]+)\s*", re.IGNORECASE | re.ASCII)
 
 

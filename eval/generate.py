@@ -1,4 +1,4 @@
-"""Draws a sampling with one pipeline: pictures and final latents, one sample at a time, resumable.
+"""Draws a sampling with one pipeline: pictures or videos, and the latents of each step; resumable.
 
 Run as a module with a JSON request on stdin it draws in a process of its own, so that a crash of a kernel stays
 there and peak memory is that of one pipeline.
@@ -6,13 +6,11 @@ there and peak memory is that of one pipeline.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,13 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bitroute  # noqa: F401  registers the loader of bitroute's own container
 from bitroute.convert.checkpoint import Component, open_pipeline
 from bitroute.convert.loading import lift_gpu_check
 from bitroute.convert.reading import read_json
 from bitroute.eval.apart import answer, run_apart
+from bitroute.eval.calling import find_class, frames_of, run_pipeline, watch_latents
 from bitroute.eval.sampling import Sample, Sampling
 
 
@@ -44,13 +42,16 @@ def draw_apart(model: Path, sampling: Sampling, folder: Path, text_from: Path | 
             "folder": str(folder),
             "text_from": str(text_from) if text_from else None,
         }
-        request["sampling"] = sampling.describe()
+        request["sampling"] = sampling.request()
         run_apart("bitroute.eval.generate", request, "the pipeline does not draw", model)
     return read_json(folder / "run.json")
 
 
 def draw(model: Path, sampling: Sampling, folder: Path, text_from: Path | None = None) -> None:
     """Writes `<sample>.png` and `<sample>.safetensors` for every sample, then run.json.
+
+    A video is an animated PNG. The other file holds `latents/0`, `latents/1`, … as the pipeline has them after each
+    step, in its dtype and shape.
 
     text_from: the pipeline whose text encoders are used instead of the model's own, so that prompts are encoded
     alike. Samples that are there already are not drawn again; of two processes that want the same, one waits.
@@ -64,7 +65,7 @@ def draw(model: Path, sampling: Sampling, folder: Path, text_from: Path | None =
 def _draw_missing(model: Path, sampling: Sampling, folder: Path, text_from: Path | None) -> None:
     torch.set_num_threads(sampling.threads)
     started = time.perf_counter()
-    pipe = load(model, sampling.device, text_from)
+    pipe = load(model, sampling.device, text_from, sampling.pipeline)
     load_seconds = time.perf_counter() - started
     drawn, steps, started = 0, 0, time.perf_counter()
     for sample in sampling.samples():
@@ -81,8 +82,11 @@ def _draw_missing(model: Path, sampling: Sampling, folder: Path, text_from: Path
     os.replace(partial, folder / "run.json")
 
 
-def load(model: Path, device: str, text_from: Path | None = None) -> Any:
-    """The pipeline in bf16, its text encoders taken from `text_from` where that is given."""
+def load(model: Path, device: str, text_from: Path | None = None, pipeline: str | None = None) -> Any:
+    """The pipeline in bf16, its text encoders taken from `text_from` where that is given.
+
+    pipeline: the diffusers class to use instead of the model's own.
+    """
     import diffusers
     import transformers
 
@@ -91,7 +95,8 @@ def load(model: Path, device: str, text_from: Path | None = None) -> Any:
     if not torch.cuda.is_available():
         lift_gpu_check()
     shared = _text_encoders(text_from) if text_from else {}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16, **shared)
+    pipeline_class: Any = find_class(pipeline) if pipeline else diffusers.DiffusionPipeline
+    pipe = pipeline_class.from_pretrained(model, dtype=torch.bfloat16, **shared)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device == "cpu" else pipe.to(device)
 
@@ -118,29 +123,27 @@ def is_text_encoder(component: Component) -> bool:
 
 
 def _draw_sample(pipe: Any, sampling: Sampling, sample: Sample, folder: Path) -> int:
-    """One picture and its final latents; the picture last, because it marks the sample as done. Returns steps."""
+    """One picture or video and its latents; the picture last, because it marks the sample as done. Returns steps."""
     latents: list[Tensor] = []
 
-    def remember(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents[:] = [tensors["latents"]]
-        return {}
+    def keep(found: Tensor) -> None:
+        """A copy: pipelines may change their latents in place."""
+        latents.append(found.detach().to("cpu", copy=True).contiguous())
 
-    call = dict(sampling.call)
-    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-        call["callback_on_step_end"] = remember
-    generator = torch.Generator().manual_seed(sample.noise_seed)
-    with _attention(sampling.attention), torch.inference_mode():
-        picture: Image.Image = pipe(sample.prompt, generator=generator, **call).images[0]
+    with watch_latents(pipe, keep) as options:
+        frames = frames_of(run_pipeline(pipe, sampling, sample, **options))
     if latents:
-        save_file({"latents": latents[0].cpu().contiguous()}, folder / f"{sample.stem}.safetensors")
-    partial = folder / f"{sample.stem}.png.part"
-    picture.convert("RGB").save(partial, format="PNG")
-    os.replace(partial, folder / f"{sample.stem}.png")
-    return int(getattr(pipe, "num_timesteps", 1))
+        steps = {f"latents/{index}": found for index, found in enumerate(latents)}
+        save_file(steps, folder / f"{sample.stem}.safetensors")
+    save_frames(frames, folder / f"{sample.stem}.png")
+    return len(latents) or 1
 
 
-def _attention(name: str) -> AbstractContextManager[Any]:
-    return sdpa_kernel(SDPBackend.MATH) if name == "math" else nullcontext()
+def save_frames(frames: Sequence[Image.Image], file: Path) -> None:
+    """A PNG, animated where there are several; no durations, because Pillow merges equal frames that have one."""
+    partial = file.with_name(f"{file.name}.part")
+    frames[0].save(partial, format="PNG", save_all=True, append_images=frames[1:])
+    os.replace(partial, file)
 
 
 def _peak_bytes() -> int:

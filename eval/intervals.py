@@ -2,6 +2,7 @@
 
 Prompts are resampled, never samples: the pictures of one prompt under several seeds are not independent.
 Percentile intervals (Efron 1979) of 10,000 resamples from a fixed seed, so equal scores give equal digits.
+Whether two candidates differ is decided by a sign-flip permutation test (Fisher 1935), which holds for few prompts too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from bitroute.eval.metrics import mse_to_db
 
 RESAMPLES, CONFIDENCE, SEED = 10_000, 0.95, 0
 TAIL = 0.95  # of the scores are better than the tail
-FEWEST_FOR_A_CLAIM = 6  # prompts; with fewer not even a sign test can reach 95 %: 2 · 2^-5 > 0.05
+SIGNIFICANCE = 0.05  # of a p-value, corrected where several are judged at once
+EXACT_PROMPTS = 14  # up to 2^14 sign flips are enumerated, for more prompts FLIPS are drawn
+FLIPS = 10_000
+ROUNDING = 1e-12  # of the largest sum: flips that tie with what was observed but for the order of adding
 DRAWS_AT_ONCE = 2**20  # bounds the memory for thousands of prompts
 
 
@@ -30,13 +34,6 @@ class Mean:
     low: float | None
     high: float | None
     prompts: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the sign is settled; never with fewer than six prompts, where the bootstrap is overconfident."""
-        if self.low is None or self.high is None or self.prompts < FEWEST_FOR_A_CLAIM:
-            return False
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,17 @@ class PsnrSummary:
 
 @dataclass(frozen=True)
 class Difference:
-    """mean: of first minus second over the pairs. left_out: pairs with one infinite score, without a difference."""
+    """mean: of first minus second over the pairs. left_out: pairs with one infinite score, without a difference.
+
+    p: two-sided p-value of "the two are equally good". above, below: prompts on which first is higher, lower.
+    """
 
     mean: Mean
     pairs: int
     left_out: int
+    p: float
+    above: int
+    below: int
 
 
 def summarize(
@@ -83,7 +86,7 @@ def summarize(
     ordered = values.sort(descending=higher_is_better, stable=True).values
     indices = values.sort(descending=not higher_is_better, stable=True).indices[:worst].tolist()
     return Summary(
-        mean=_mean(values[finite], clusters[finite]) if finite.any() else Mean(math.inf, None, None, 0),
+        mean=_mean(*_by_prompt(values[finite], clusters[finite])) if finite.any() else Mean(math.inf, None, None, 0),
         median=_quantile(ordered, 0.5),
         tail=_quantile(ordered, TAIL),
         worst=tuple((index, float(values[index])) for index in indices),
@@ -94,7 +97,7 @@ def summarize(
 def summarize_psnr(scores_db: Sequence[float], prompts: Sequence[int] | None = None, *, worst: int = 5) -> PsnrSummary:
     """Of PSNR against a peak of 255; raises as `summarize` does."""
     values, clusters = _checked(scores_db, prompts)
-    mse = _mean(255**2 * 10 ** (-values / 10), clusters)
+    mse = _mean(*_by_prompt(255**2 * 10 ** (-values / 10), clusters))
     low, high = (None if bound is None else mse_to_db(bound) for bound in (mse.high, mse.low))
     return PsnrSummary(
         of_db=summarize(scores_db, prompts, higher_is_better=True, worst=worst),
@@ -123,8 +126,23 @@ def compare(first: Sequence[float], second: Sequence[float], prompts: Sequence[i
                 expected="a pair of finite scores",
             )
         )
-    mean = _mean(differences[usable], clusters[usable])
-    return Difference(mean, pairs=int(usable.sum()), left_out=int((~usable).sum()))
+    sums, counts = _by_prompt(differences[usable], clusters[usable])
+    return Difference(
+        _mean(sums, counts), pairs=int(usable.sum()), left_out=int((~usable).sum()), p=_sign_flip_p(sums),
+        above=int((sums > 0).sum()), below=int((sums < 0).sum()),
+    )  # fmt: skip
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p-value corrected for all of them, in the given order (Holm 1979, step-down).
+
+    Whoever calls significant what stays below 5 % errs even once in at most 5 % of such families.
+    """
+    corrected, reached = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        reached = max(reached, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = reached
+    return corrected
 
 
 def _checked(scores: Sequence[float], prompts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
@@ -143,12 +161,16 @@ def _checked(scores: Sequence[float], prompts: Sequence[int] | None) -> tuple[Te
     return values, clusters
 
 
-def _mean(values: Tensor, clusters: Tensor) -> Mean:
-    """Finite float64 values [n] of prompts [n]."""
+def _by_prompt(values: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and counts, float64 [prompts] each, of finite float64 values [n] of prompts [n]."""
     names, places = torch.unique(clusters, return_inverse=True)
-    prompts = len(names)
-    sums = torch.zeros(prompts, dtype=torch.float64).index_add_(0, places, values)
-    counts = places.bincount(minlength=prompts).double()
+    sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, places, values)
+    return sums, places.bincount(minlength=len(names)).double()
+
+
+def _mean(sums: Tensor, counts: Tensor) -> Mean:
+    """Of what `_by_prompt` returns."""
+    prompts = len(sums)
     value = float(sums.sum() / counts.sum())
     if prompts < 2:
         return Mean(value, None, None, prompts)
@@ -167,6 +189,30 @@ def _resampled_means(sums: Tensor, counts: Tensor) -> Tensor:
         drawn = torch.randint(prompts, (min(rows, RESAMPLES - start), prompts), generator=generator)
         means.append(sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1))
     return torch.cat(means)
+
+
+def _sign_flip_p(sums: Tensor) -> float:
+    """Share of the sign flips of whole prompts whose mean is as far from 0 as the observed one; sums: [prompts].
+
+    A drawn share counts the observed signs too, so it is never 0 (Phipson and Smyth 2010).
+    """
+    moving = sums[sums != 0]  # flipping 0 changes nothing
+    prompts, largest = len(moving), float(moving.abs().sum())
+    observed = abs(float(moving.sum())) - ROUNDING * largest
+    if prompts <= EXACT_PROMPTS:
+        flips = torch.arange(2**prompts).unsqueeze(1) >> torch.arange(prompts) & 1
+        return float((_flipped(moving, flips) >= observed).double().mean())
+    generator = torch.Generator().manual_seed(SEED)
+    rows, as_far = max(1, DRAWS_AT_ONCE // prompts), 0
+    for start in range(0, FLIPS, rows):
+        flips = torch.randint(2, (min(rows, FLIPS - start), prompts), generator=generator)
+        as_far += int((_flipped(moving, flips) >= observed).sum())
+    return (1 + as_far) / (1 + FLIPS)
+
+
+def _flipped(sums: Tensor, flips: Tensor) -> Tensor:
+    """How far from 0 the total is under each row of flips [n, prompts] of 0 and 1: float64 [n]."""
+    return (sums - 2 * flips * sums).sum(dim=1).abs()
 
 
 def _quantile(ordered: Tensor, fraction: float) -> float:

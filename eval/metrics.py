@@ -6,6 +6,7 @@ SSIM and MS-SSIM are the means of the three colour channels' values, each channe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,15 +56,29 @@ def check_pair(first: Tensor, second: Tensor) -> None:
         )  # fmt: skip
 
 
-def psnr_db(first: Tensor, second: Tensor) -> float:
-    """10·log10(255² / mean squared difference); math.inf when the pictures are identical.
+def frames(picture: Tensor) -> Sequence[Tensor]:
+    """Of a video [f, 3, H, W], or the picture [3, H, W] itself as the only one."""
+    return picture.unbind() if picture.ndim == 4 else [picture]
+
+
+def mse(first: Tensor, second: Tensor) -> float:
+    """Mean squared difference in units of 1/255.
 
     Raises:
         JobError: the two are not pictures of one size.
     """
     check_pair(first, second)
     squared = (first.int() - second.int()).square().sum(dtype=torch.int64)
-    return mse_to_db(int(squared) / first.numel())
+    return int(squared) / first.numel()
+
+
+def psnr_db(first: Tensor, second: Tensor) -> float:
+    """10·log10(255² / mean squared difference); math.inf when the pictures are identical.
+
+    Raises:
+        JobError: the two are not pictures of one size.
+    """
+    return mse_to_db(mse(first, second))
 
 
 def mse_to_db(mse: float) -> float:

@@ -2,65 +2,40 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from bitroute.convert.table import size
+from bitroute.eval import template
 from bitroute.eval.pictures import (
-    LOSSLESS_PX,
-    WEBP_QUALITY,
-    Difference,
+    Maps,
     Picture,
     amplification,
-    difference_map,
+    count_frames,
     distances,
+    draw_maps,
     embed,
     open_picture,
 )  # fmt: skip
 from bitroute.eval.plots import Line, Spot, Strip, lines, scatter, strips
-from bitroute.eval.scores import HIGHER_IS_BETTER
 
 WORST, BEST = 5, 1  # samples shown in full; the others in a grid
 WORST_LAYERS = 12
-MARKS = {"pass": "✔", "fail": "✘", "rejected": "⚠", "no gate": "○"}
-TITLES = {"lpips": "LPIPS", "psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}
-PERFECT = {"lpips": 0.0, "ssim": 1.0, "ms_ssim": 1.0}
-EXPLANATIONS = {
-    "lpips": "learned perceptual distance, from AlexNet features; 0 is identical",
-    "psnr": "peak signal-to-noise ratio in dB, from the mean squared error of the pixels; identical has no number",
-    "ssim": "structural similarity of small windows; 1 is identical",
-    "ms_ssim": "structural similarity over several scales; 1 is identical",
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A mean as the table shows it; every cell of a column has equally many decimals."""
-
-    value: str
-    interval: str = ""
-    note: str = ""
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One sample of one candidate; original: the number of the shared picture; difference: only where shown in full."""
+    """One sample of one candidate; original: the number of the shared picture; maps: only where shown in full."""
 
     rank: str
     sample: Mapping[str, Any]
     original: int
     picture: Picture
-    difference: Difference | None
+    maps: Maps | None
 
     @property
     def name(self) -> str:
@@ -91,6 +66,11 @@ class Originals:
     def image(self, name: str) -> Image.Image:
         return open_picture(self.root, f"{self.folder}/{name}")
 
+    @property
+    def frames(self) -> int:
+        """Above 1 where the samples are videos."""
+        return max((count_frames(self.root, f"{self.folder}/{name}") for name in self.pictures), default=1)
+
 
 def write_page(content: Mapping[str, Any], folder: Path) -> Path:
     """Draws `content` (docs/report.md) with the pictures below `folder` into `folder`/report.html.
@@ -98,68 +78,21 @@ def write_page(content: Mapping[str, Any], folder: Path) -> Path:
     Raises:
         JobError: a picture is missing or damaged.
     """
-    partial, file = folder / "report.html.part", folder / "report.html"
-    partial.write_text(render(content, folder), encoding="utf-8")
-    os.replace(partial, file)
-    return file
+    return template.write_page(folder / "report.html", render(content, folder))
 
 
 def render(content: Mapping[str, Any], folder: Path) -> str:
-    """The page's HTML. Prompts, names and recipes come from strangers: everything is escaped."""
-    environment = Environment(
-        loader=PackageLoader("bitroute.eval", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"bytes": size, "mark": mark, "script_hash": _script_hash, "ratio": _ratio}
-    digits = decimals(content)
+    digits = template.decimals(content)
     originals = Originals(folder, content["original"]["pictures"])
-    return environment.get_template("report.html.j2").render(
-        report=content,
-        galleries=[_gallery(candidate, originals, folder) for candidate in content["candidates"]],
-        originals=list(originals.pictures.values()),
+    galleries = [_gallery(candidate, originals, folder) for candidate in content["candidates"]]
+    return template.fill(
+        "report.html.j2",
+        report=content, galleries=galleries, originals=list(originals.pictures.values()), frames=originals.frames,
         components=list(dict.fromkeys(name for c in content["candidates"] for name in c["bits_per_weight"])),
-        cell=lambda scores, metric: cell(scores[metric], digits[metric]),
-        score=lambda sample, metric: _fixed(sample[metric], digits[metric]),
-        marks=MARKS, titles=TITLES, explanations=EXPLANATIONS, higher_is_better=HIGHER_IS_BETTER,
+        cell=lambda scores, metric: template.cell(scores[metric], digits[metric]),
+        score=lambda sample, metric: template.fixed(sample[metric], digits[metric]),
         plots=list(_plots(content)), worst_layers=WORST_LAYERS, highest_error=_highest_error(content),
-        quality=WEBP_QUALITY, lossless_px=LOSSLESS_PX,
     )  # fmt: skip
-
-
-def mark(candidate: Mapping[str, Any]) -> str:
-    """pass, fail or rejected; `no gate` where nothing was asked of the candidate."""
-    if candidate["tripwires"] or not candidate["scores"]:
-        return "rejected"
-    if not candidate["gate"]:
-        return "no gate"
-    return "pass" if candidate["passed"] else "fail"
-
-
-def decimals(content: Mapping[str, Any]) -> dict[str, int]:
-    """metric → decimals with which even the mean nearest to perfect keeps two digits; PSNR has two."""
-    found = {"psnr": 2}
-    for metric, perfect in PERFECT.items():
-        means = [float(scores[metric]["mean"]["value"]) for scores in _all_scores(content)]
-        gaps = [abs(mean - perfect) for mean in means if abs(mean - perfect) > 1e-9]
-        found[metric] = min(6, max(3, 1 - math.floor(math.log10(min(gaps))))) if gaps else 3
-    return found
-
-
-def cell(summary: Mapping[str, Any], digits: int) -> Cell:
-    mean = summary["mean"]
-    sides = [] if mean["low"] == mean["high"] else [mean["low"], mean["high"]]
-    bounds = [_fixed(side, digits) for side in sides]
-    note = f"{summary['identical']} more identical" if summary["identical"] and mean["value"] != "identical" else ""
-    return Cell(_fixed(mean["value"], digits), f"[{', '.join(bounds)}]" if bounds else "", note)
-
-
-def _fixed(value: float | str, digits: int) -> str:
-    return value if isinstance(value, str) else f"{value:.{digits}f}"
-
-
-def _all_scores(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield from content["floor"].values()
-    yield from (candidate["scores"] for candidate in content["candidates"] if candidate["scores"])
 
 
 def _gallery(candidate: Mapping[str, Any], originals: Originals, root: Path) -> Gallery:
@@ -171,16 +104,15 @@ def _gallery(candidate: Mapping[str, Any], originals: Originals, root: Path) -> 
     }
     full = samples if len(samples) <= WORST + BEST else [*samples[:WORST], *samples[-BEST:]]
     names = [sample["picture"] for sample in full]
-    maps = {name: distances(originals.image(name), images[name]) for name in names}
-    factor = amplification(list(maps.values())) if maps else 1
+    factor = amplification([distances(originals.image(name), images[name]) for name in names]) if names else 1
     shots = [
         Shot(
             _rank(samples.index(sample), len(samples)), sample, originals.number(name), embed(images[name]),
-            difference_map(maps[name], factor) if name in maps else None,
+            draw_maps(originals.image(name), images[name], factor) if name in names else None,
         )
         for sample in samples for name in [sample["picture"]]
     ]  # fmt: skip
-    return Gallery([s for s in shots if s.difference], [s for s in shots if not s.difference], factor)
+    return Gallery([s for s in shots if s.maps], [s for s in shots if not s.maps], factor)
 
 
 def _rank(place: int, samples: int) -> str:
@@ -194,7 +126,12 @@ def _rank(place: int, samples: int) -> str:
 def _plots(content: Mapping[str, Any]) -> Iterator[tuple[str, str, Markup]]:
     """(heading, how to read it, SVG), without those that have nothing to show."""
     scored = [candidate for candidate in content["candidates"] if candidate["scores"]]
-    found = [*_distributions(content, scored), _size_plot(content, scored), _trajectory_plot(scored)]
+    found = [
+        *_distributions(content, scored),
+        _size_plot(content, scored),
+        _trajectory_plot(scored),
+        _drift_plot(scored),
+    ]
     yield from (plot for plot in found if plot[2])
 
 
@@ -205,7 +142,7 @@ def _distributions(
     for metric, perfect, better in (("lpips", "0", "left"), ("psnr", "identical", "right")):
         rows = [_strip(f"noise floor: {what}", scores[metric], metric, []) for what, scores in content["floor"].items()]
         rows += [_strip(c["name"], c["scores"][metric], metric, c["samples"]) for c in scored]
-        heading = f"{TITLES[metric]} of each sample{', log scale' if metric == 'lpips' else ', dB'}"
+        heading = f"{template.TITLES[metric]} of each sample{', log scale' if metric == 'lpips' else ', dB'}"
         plot = strips(rows, f"{heading}, for the noise floor and each candidate", perfect, log=metric == "lpips")
         yield heading, how.format(better), plot
 
@@ -235,13 +172,18 @@ def _size_plot(content: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]) 
 
 
 def _trajectory_plot(scored: Sequence[Mapping[str, Any]]) -> tuple[str, str, Markup]:
-    series = [_trajectory(c["name"], c["trajectory"]["timesteps"]) for c in scored if c.get("trajectory")]
+    series = [_per_step(c["name"], c["trajectory"]["timesteps"]) for c in scored if c.get("trajectory")]
     how = "Relative error of the denoiser's output when each step starts from the original's latents; lower is better."
-    return (
-        "Error per denoising step",
-        how,
-        lines(series, "Relative error per denoising step") if series else Markup(""),
+    return "Error per denoising step", how, lines(series, "Relative error per denoising step")
+
+
+def _drift_plot(scored: Sequence[Mapping[str, Any]]) -> tuple[str, str, Markup]:
+    series = [_per_step(c["name"], c["drift"]) for c in scored if c.get("drift")]
+    how = (
+        "Relative distance of the latents from the original's after each step when every pipeline follows its own "
+        "latents, so that errors add up; lower is better. The last step's are the final latents."
     )
+    return "Free-running latent drift", how, lines(series, "Relative distance of the latents per denoising step")
 
 
 def _highest_error(content: Mapping[str, Any]) -> float:
@@ -249,16 +191,7 @@ def _highest_error(content: Mapping[str, Any]) -> float:
     return max((x["relative_error"] for c in content["candidates"] for x in c.get("layers") or []), default=0) or 1
 
 
-def _trajectory(name: str, steps: Sequence[Mapping[str, Any]]) -> Line:
+def _per_step(name: str, steps: Sequence[Mapping[str, Any]]) -> Line:
     bounded = [step for step in steps if step.get("low") is not None and step.get("high") is not None]
     band = [(step["step"], step["low"], step["high"]) for step in bounded]
     return Line(name, [(step["step"], step["relative_error"]) for step in steps], band)
-
-
-def _ratio(value: float | None, original: float | None) -> str:
-    return f"{value / original:.2f}×" if value and original else ""
-
-
-def _script_hash(script: str) -> str:
-    """For the page's content security policy: only this script runs, whatever a prompt holds."""
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")

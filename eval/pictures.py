@@ -1,10 +1,11 @@
-"""The report's pictures as data URIs, and where two pictures differ."""
+"""The reports' pictures as data URIs, and where two pictures differ."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 from bitroute.errors import JobError, Problem
+from bitroute.eval.flip import flip
+from bitroute.eval.metrics import pixels
 
 LOSSLESS_PX = 256  # larger pictures become WebP: a PNG of 1024 px takes about 1.5 MB
 WEBP_QUALITY = 92
@@ -35,25 +38,40 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A map of one pair: largest is the largest difference of a channel, of 255."""
+class Maps:
+    """Where two pictures differ. largest: the largest difference of a channel, of 255; mean_flip: of the FLIP map."""
 
-    picture: Picture
+    difference: Picture
     largest: int
+    flip: Picture
+    mean_flip: float
 
 
 def open_picture(root: Path, name: str) -> Image.Image:
-    """RGB.
+    """RGB; of a video the middle frame.
 
     Raises:
         JobError: it is missing or damaged, or the name leads out of `root`.
     """
+    with _opened(root, name) as image:
+        image.seek(_frames(image) // 2)
+        return image.convert("RGB")
+
+
+def count_frames(root: Path, name: str) -> int:
+    """1 of a picture. Raises as open_picture."""
+    with _opened(root, name) as image:
+        return _frames(image)
+
+
+@contextmanager
+def _opened(root: Path, name: str) -> Iterator[Image.Image]:
     file = root / name
     try:
         if not file.resolve().is_relative_to(root.resolve()):
             raise OSError("the name leads out of the report's folder")
         with Image.open(file) as image:
-            return image.convert("RGB")
+            yield image
     except (OSError, SyntaxError, ValueError) as error:
         problem = Problem(
             "a picture of the report cannot be read", str(file), got=str(error), next_step="evaluate again"
@@ -61,8 +79,15 @@ def open_picture(root: Path, name: str) -> Image.Image:
         raise JobError(problem) from error
 
 
-def embed(image: Image.Image) -> Picture:
-    """PNG up to 256 px, WebP above."""
+def _frames(image: Image.Image) -> int:
+    return int(getattr(image, "n_frames", 1))
+
+
+def embed(image: Image.Image, largest_px: int | None = None) -> Picture:
+    """PNG up to 256 px, WebP above; reduced first where a side is above largest_px."""
+    if largest_px is not None and max(image.size) > largest_px:
+        image = image.copy()
+        image.thumbnail((largest_px, largest_px), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     kind = "png" if max(image.size) <= LOSSLESS_PX else "webp"
     if kind == "png":
@@ -89,12 +114,23 @@ def amplification(maps: Sequence[Image.Image]) -> int:
     return min(128, 1 << ((255 // max(level, 1)).bit_length() - 1))
 
 
-def difference_map(map_: Image.Image, factor: int) -> Difference:
-    """The amplified differences in magma's colours, black for none."""
+def draw_maps(first: Image.Image, second: Image.Image, factor: int) -> Maps:
+    """In magma's colours, black for no difference: the distances times `factor`, and FLIP's error as it is.
+
+    Raises:
+        JobError: the two are not pictures of one size.
+    """
+    seen = flip(pixels(first), pixels(second))
+    found = distances(first, second)
+    largest = max(level for level, pixels_of_it in enumerate(found.histogram()) if pixels_of_it)
+    error = Image.fromarray((seen.error * 255).round().byte().numpy())
+    return Maps(_colored(found, factor), largest, _colored(error, 1), seen.mean)
+
+
+def _colored(map_: Image.Image, factor: int) -> Picture:
     shown = map_.point([min(255, factor * level) for level in range(256)])
     shown.putpalette(_palette())
-    largest = map_.getextrema()[1]
-    return Difference(embed(shown), int(largest) if isinstance(largest, int | float) else 0)
+    return embed(shown)
 
 
 def _palette() -> list[int]:

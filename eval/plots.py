@@ -6,26 +6,32 @@ Everything that ends up in the SVG passes `tag`, which escapes it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
 WIDTH = 360
 LABEL_PX = 6.2  # width of a letter at 11 px, to keep labels apart
 COLORS = 6  # of the style sheet: classes c0 … c5
+UNWANTED = 30  # px farther that a name may stand for not covering the front or the words at the floor
+FAR = 20  # px from a spot to its name, from which on a line joins the two
+FLOOR = "noise floor"
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps low … high to start … end, in px."""
+    """Maps low … high to start … end, in px. whole: of whole numbers only."""
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    whole: bool = False
 
     @classmethod
     def around(cls, values: Iterable[float], start: float, end: float, log: bool = False) -> Axis:
@@ -45,7 +51,7 @@ class Axis:
     def ticks(self) -> list[float]:
         """Three to eight round numbers inside the axis."""
         if not self.log:
-            return self._steps((self.high - self.low) / 4)
+            return self._steps(max((self.high - self.low) / 4, 1 if self.whole else 0))
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         wide = self.high / self.low > 50
         found = [10.0**decade * digit for decade in decades for digit in ((1,) if wide else (1, 2, 5))]
@@ -123,26 +129,33 @@ def strips(rows: Sequence[Strip], label: str, perfect: str, *, log: bool) -> Mar
     return _svg(bottom + 22, label, parts)
 
 
-def scatter(spots: Sequence[Spot], label: str, unit: str, floor: float | None) -> Markup:
-    """Size against a score where higher is better; the floor as a dashed line."""
+def scatter(
+    spots: Sequence[Spot], label: str, unit: str, floor: float | None, *, log: bool = False, front: Sequence[str] = ()
+) -> Markup:
+    """Size against a score; the floor as a dashed line, and a line through the spots that `front` names.
+
+    log: smaller is better and the perfect score stands at the bottom; otherwise at the top.
+    """
     numbers = [x for spot in spots for x in (spot.y, spot.low, spot.high) if x is not None]
     numbers += [floor] if floor is not None else []
     if not numbers:
         return Markup("")
-    bottom = 230.0
+    bottom, at_perfect = 230.0, 220.0 if log else 16.0
+    lowest = bottom - 30 if log and any(spot.y is None for spot in spots) else bottom - 6
     x_axis = Axis.around([spot.x for spot in spots], 44, WIDTH - 14)
-    y_axis = Axis.around(numbers, bottom - 6, 34)
-    parts = [_x_axis(x_axis, bottom, unit), _y_axis(y_axis)]
+    y_axis = Axis.around(numbers, lowest, 34, log)
+    places = [(x_axis.place(spot.x), at_perfect if spot.y is None else y_axis.place(spot.y)) for spot in spots]
+    parts, avoided = [_x_axis(x_axis, bottom, unit), _y_axis(y_axis)], list[Box]()
     if floor is not None:
-        parts.append(_dashed(38, y_axis.place(floor), WIDTH - 6, y_axis.place(floor)))
-        parts.append(_text(WIDTH - 6, y_axis.place(floor) - 5, "noise floor", anchor="end", class_="muted"))
-    places = [(x_axis.place(spot.x), 16.0 if spot.y is None else y_axis.place(spot.y)) for spot in spots]
-    for spot, (x, y), label_at in zip(spots, places, _labels(spots, places), strict=True):
-        if spot.low is not None and spot.high is not None:
-            ends = {"y1": y_axis.place(spot.low), "y2": y_axis.place(spot.high)}
-            parts.append(tag("line", x1=x, x2=x, class_="interval", **ends))
-        parts.append(tag("circle", tag("title", spot.name), cx=x, cy=y, r=4, class_="mean"))
-        parts.append(_text(*label_at, _spot_label(spot)))
+        y, end = y_axis.place(floor), WIDTH - 6
+        parts += [_dashed(38, y, end, y), _text(end, y - 5, FLOOR, anchor="end", class_="muted")]
+        avoided.append((end - LABEL_PX * len(FLOOR), y - 14, end, y))
+    joined = sorted(place for spot, place in zip(spots, places, strict=True) if spot.name in front)
+    if len(joined) > 1:
+        parts.append(tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in joined), class_="front"))
+        avoided += [box for ends in pairwise(joined) for box in _along(*ends)]
+    named = zip(spots, places, _labels(spots, places, avoided, bottom), strict=True)
+    parts += [_spot(spot, place, box, y_axis) for spot, place, box in named]
     return _svg(bottom + 22, label, parts)
 
 
@@ -156,7 +169,7 @@ def lines(series: Sequence[Line], label: str) -> Markup:
     bottom, right = max(200.0, 16.0 * len(series) + 20), WIDTH - 84
     y_axis = Axis.around(values, bottom - 4, 14, log) if log else Axis(0, max(values) * 1.05 or 1, bottom - 4, 14)
     steps = [x for line in series for x, _ in line.points]
-    x_axis = Axis(min(steps), max(max(steps), min(steps) + 1), 44, right)
+    x_axis = Axis(min(steps), max(max(steps), min(steps) + 1), 44, right, whole=True)
     parts = [_x_axis(x_axis, bottom), _y_axis(y_axis, right)]
     ends = _apart([y_axis.place(line.points[-1][1]) for line in series], 13)
     for index, (line, end) in enumerate(zip(series, ends, strict=True)):
@@ -194,22 +207,60 @@ def _path(points: Iterable[Point], x_axis: Axis, y_axis: Axis) -> str:
     return " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in points)
 
 
-def _labels(spots: Sequence[Spot], places: Sequence[Point]) -> list[Point]:
-    """Where each name starts so that none covers a point or another name, as far as four tries each allow."""
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+def _spot(spot: Spot, place: Point, box: Box, y_axis: Axis) -> Markup:
+    """box: of the name; a thin line leads to one that found no room beside its spot."""
+    (x, y), parts = place, []
+    if spot.low is not None and spot.high is not None:
+        parts.append(tag("line", x1=x, x2=x, y1=y_axis.place(spot.low), y2=y_axis.place(spot.high), class_="interval"))
+    end = _nearest(box, place)
+    if math.dist(place, end) > FAR:
+        parts.append(tag("line", x1=x, y1=y, x2=end[0], y2=end[1], class_="leader"))
+    parts.append(tag("circle", tag("title", spot.name), cx=x, cy=y, r=4, class_="mean"))
+    return tag("g", *parts, _text(box[0], box[3] - 2, _spot_label(spot)))
+
+
+def _along(start: Point, end: Point) -> Iterator[Box]:
+    """Boxes of 4 px that cover the line between two points."""
+    steps = max(1, math.ceil(math.dist(start, end) / 4))
+    for step in range(steps + 1):
+        x, y = (a + (b - a) * step / steps for a, b in zip(start, end, strict=True))
+        yield (x - 2, y - 2, x + 2, y + 2)
+
+
+def _labels(spots: Sequence[Spot], places: Sequence[Point], avoided: Sequence[Box], bottom: float) -> list[Box]:
+    """Where each name stands: near its spot, not on a spot or another name, and not gladly on what is avoided."""
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     found = []
-    for spot, (x, y) in zip(spots, places, strict=True):
-        width = LABEL_PX * len(_spot_label(spot))
-        tries = [(x + 8, y + 4), (x - 8 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 18)]
-        boxes = [(left, base - 9, left + width, base + 2) for left, base in tries]
-        free = [box for box in boxes if box[0] > 38 and box[2] < WIDTH and not any(_cover(box, o) for o in taken)]
-        box = (free or boxes)[0]
-        taken.append(box)
-        found.append((box[0], box[3] - 2))
+    for spot, place in zip(spots, places, strict=True):
+        boxes = list(_places_for(_spot_label(spot), place, bottom))
+        inside = [box for box in boxes if box[0] > 38 and box[2] < WIDTH and box[1] > 2 and box[3] < bottom] or boxes
+        free = [box for box in inside if not _on(box, taken)] or inside
+        costs = [math.dist(place, _nearest(box, place)) + UNWANTED * _on(box, avoided) for box in free]
+        found.append(free[costs.index(min(costs))])
+        taken.append(found[-1])
     return found
 
 
-def _cover(one: Sequence[float], other: Sequence[float]) -> bool:
+def _places_for(name: str, place: Point, bottom: float) -> Iterator[Box]:
+    """Right, left, above and below, and then farther and farther away."""
+    (x, y), width = place, LABEL_PX * len(name)
+    shifts = [sign * 13 * step for step in range(math.ceil(bottom / 13)) for sign in (-1, 1)]
+    sides = [x + 14, x - 14 - width, x + 18 + width, x - 18 - 2 * width]
+    starts = [(x + 8, y + 4), (x - 8 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 18)]
+    for left, base in [*starts, *((left, y + 4 + shift) for left in sides for shift in shifts)]:
+        yield (left, base - 9, left + width, base + 2)
+
+
+def _nearest(box: Box, place: Point) -> Point:
+    """The point of the box that is nearest to a place."""
+    return min(max(place[0], box[0]), box[2]), min(max(place[1], box[1]), box[3])
+
+
+def _on(box: Box, others: Sequence[Box]) -> bool:
+    return any(_cover(box, other) for other in others)
+
+
+def _cover(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
@@ -249,7 +300,9 @@ def _spot_label(spot: Spot) -> str:
 
 
 def _short(text: str, letters: int) -> str:
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+    """Both ends stay: names of one model often differ in the last letters only."""
+    half = letters // 2
+    return text if len(text) <= letters else f"{text[: letters - half - 1]}…{text[-half:]}"
 
 
 def _dashed(x1: float, y1: float, x2: float, y2: float) -> Markup:

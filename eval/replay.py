@@ -1,55 +1,95 @@
 """Asks a quantized denoiser what the original's was asked: its error at every step, and that of every layer.
 
 Each step starts from the original's latents, so errors of earlier steps do not add up: what is seen is the format.
+Text encoders whose weights differ are asked the same too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from filelock import FileLock
 from torch import Tensor
 
 import bitroute  # noqa: F401  registers the loader of bitroute's own container
 from bitroute.convert.architecture import build
-from bitroute.convert.checkpoint import open_pipeline
+from bitroute.convert.checkpoint import Component, open_pipeline
 from bitroute.convert.layout import StoredTensor
 from bitroute.convert.loading import lift_gpu_check
 from bitroute.convert.reading import read_json, read_tensor
 from bitroute.convert.record import RecordedComponent, RecordedEntry, read_record
-from bitroute.errors import JobError, Problem
+from bitroute.errors import JobError, Problem, SourceError
 from bitroute.eval.apart import answer, run_apart
+from bitroute.eval.calling import attention
 from bitroute.eval.intervals import summarize
-from bitroute.eval.recording import LAYER_SAMPLES, flat_output
+from bitroute.eval.recording import LAYER_SAMPLES, damaged, encodings, flat_output, open_tensors
 from bitroute.eval.sampling import Sampling
+from bitroute.eval.tripwires import same_weights
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Both as the report has them (docs/report.md); layers is empty for checkpoints of other tools."""
+    """As the report has them (docs/report.md); layers is empty for checkpoints of other tools.
+
+    text: of each text encoder whose weights are not the original's, whichever encoders the pictures were drawn with.
+    """
 
     trajectory: Mapping[str, Sequence[Json]]
     layers: Sequence[Json]
+    text: Mapping[str, Json] = field(default_factory=dict)
 
 
-def replay_apart(candidate: Path, original: Path, recorded: Path, sampling: Sampling) -> Replay:
-    """Replays a folder that `record_apart` wrote, in a fresh process.
+def replay_apart(candidate: Path, original: Path, recorded: Path, sampling: Sampling, cache: Path) -> Replay:
+    """Replays a folder that `record_apart` wrote, in a fresh process, once: `cache` is the folder of its result.
 
     Raises:
-        JobError: the candidate's denoiser cannot be loaded or run, or answers NaN or infinite values.
+        JobError: the candidate's models cannot be loaded or run, or answer NaN or infinite values.
     """
-    paths = {"candidate": str(candidate), "original": str(original), "recorded": str(recorded)}
-    request = {**paths, "sampling": sampling.describe()}
-    found = run_apart("bitroute.eval.replay", request, "the denoiser cannot be replayed", candidate)
-    return Replay(**json.loads(found))
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / "replay.json"
+    with FileLock(cache / "lock"):
+        if kept := read_kept(file):
+            return kept
+        paths = {"candidate": str(candidate), "original": str(original), "recorded": str(recorded), "file": str(file)}
+        request = {**paths, "sampling": sampling.request()}
+        run_apart("bitroute.eval.replay", request, "the candidate cannot be replayed", candidate)
+        if made := read_kept(file):
+            return made
+    raise damaged(file, "no result")
+
+
+def keep(found: Replay, file: Path) -> None:
+    """Writes the whole file or none."""
+    content = asdict(found)
+    partial_file = file.with_name(f"{file.name}.part")
+    partial_file.write_text(json.dumps({"sha256": _digest(content), "replay": content}), encoding="utf-8")
+    os.replace(partial_file, file)
+
+
+def read_kept(file: Path) -> Replay | None:
+    """What `keep` wrote; None where there is no such file, or one that was changed."""
+    try:
+        content = read_json(file)
+        found = Replay(**content["replay"])
+    except (SourceError, KeyError, TypeError):
+        return None
+    return found if content.get("sha256") == _digest(content["replay"]) else None
+
+
+def _digest(content: Json) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def replay(candidate: Path, original: Path, recorded: Path, sampling: Sampling) -> Replay:
@@ -57,22 +97,30 @@ def replay(candidate: Path, original: Path, recorded: Path, sampling: Sampling) 
     torch.set_num_threads(sampling.threads)
     run = read_json(recorded / "run.json")
     tapes = [Recorded(recorded / f"{stem}.safetensors") for stem in run["samples"]]
-    errors = [error for name in run["denoisers"] for error in _call_errors(candidate, name, tapes, sampling.device)]
+    errors = [error for name in run["denoisers"] for error in _call_errors(candidate, name, tapes, sampling)]
+    text = dict(_text_errors(candidate, original, run["text_encoders"], tapes, sampling))
     layers = [layer for name in run["denoisers"] for layer in _layer_errors(candidate, original, name, tapes)]
     worst_first = sorted(layers, key=lambda layer: layer["relative_error"], reverse=True)
-    return Replay({"timesteps": list(_steps(errors))}, worst_first)
+    return Replay({"timesteps": list(_steps(errors)), "prompts": list(_prompts(errors))}, worst_first, text)
 
 
 class Recorded:
     """One sample's file; tensors are read when they are asked for."""
 
     def __init__(self, file: Path) -> None:
-        opened: Any = safe_open
-        self.file = opened(file, framework="pt")
-        metadata = self.file.metadata()
+        self.file = open_tensors(file)
+        metadata = self.file.metadata() or {}
+        if missing := {"calls", "texts", "timesteps"} - metadata.keys():
+            raise damaged(file, f"no {', '.join(sorted(missing))} in its header")
         self.calls: list[Json] = json.loads(metadata["calls"])
+        self.texts: list[Json] = json.loads(metadata["texts"])
         self.timesteps: list[float] = json.loads(metadata["timesteps"])
         self.names: list[str] = list(self.file.keys())
+
+    @cached_property
+    def given(self) -> set[str]:
+        """The names of the tensors that a denoiser was given."""
+        return {name for call in self.calls for part in ("args", "kwargs") for name in _tensor_names(call[part])}
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self.file.get_tensor(name)
@@ -95,6 +143,15 @@ class Recorded:
         yield from (self.read(name) for name in self.names if name.rpartition("/")[0] == layer)
 
 
+def _tensor_names(packed: Json) -> Iterator[str]:
+    [(kind, content)] = [item for item in packed.items() if item[0] != "device"]
+    if kind == "tensor":
+        yield content
+    elif kind != "value":
+        for item in content.values() if kind == "dict" else content:
+            yield from _tensor_names(item)
+
+
 @dataclass(frozen=True)
 class CallError:
     prompt: int
@@ -112,41 +169,58 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return noise / signal if signal else math.inf
 
 
-def _call_errors(candidate: Path, name: str, tapes: Sequence[Recorded], device: str) -> Iterator[CallError]:
-    model = _load(candidate, name, device)
+def checked_error(found: Tensor, wanted: Tensor, where: str) -> float:
+    """As `relative_error`. Raises JobError where it is not finite, or the shapes differ."""
+    if found.shape != wanted.shape:
+        got, expected = str(list(found.shape)), f"{list(wanted.shape)}, as the original's"
+        raise JobError(Problem("the output has another shape", where, got, expected))
+    error = relative_error(found, wanted)
+    if math.isfinite(error):
+        return error
+    raise JobError(Problem("the output cannot be compared", where, got=f"relative error {error}", expected="a number"))
+
+
+def _ask(model: Any, tape: Recorded, call: Json, sampling: Sampling) -> Any:
+    args, options = (tape.unpack(call[part], sampling.device) for part in ("args", "kwargs"))
+    with attention(sampling.attention), torch.inference_mode():
+        return model(*args, **options)
+
+
+def _call_errors(candidate: Path, name: str, tapes: Sequence[Recorded], sampling: Sampling) -> Iterator[CallError]:
+    component = open_pipeline(str(candidate)).components.get(name)
+    if component is None:
+        raise JobError(Problem(f"the candidate has no {name!r}", str(candidate), expected="the original's components"))
+    model = _load(component, sampling.device)
     for prompt, tape in enumerate(tapes):
         for call in tape.calls:
             if call["denoiser"] != name:
                 continue
-            with torch.inference_mode():
-                output = model(*tape.unpack(call["args"], device), **tape.unpack(call["kwargs"], device))
-            step = call["step"]
-            error = relative_error(flat_output(output).cpu(), tape.read(call["output"]))
+            step, output = call["step"], flat_output(_ask(model, tape, call, sampling))
+            error = checked_error(output.cpu(), tape.read(call["output"]), f"{name}, step {step}")
             timestep = tape.timesteps[step] if step < len(tape.timesteps) else None
-            yield CallError(prompt, step, timestep, _checked(error, f"{name}, step {step}"))
+            yield CallError(prompt, step, timestep, error)
 
 
-def _load(candidate: Path, name: str, device: str) -> Any:
+def _load(component: Component, device: str) -> Any:
     import diffusers
+    import transformers
 
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     if not torch.cuda.is_available():
         lift_gpu_check()
-    component = open_pipeline(str(candidate)).components.get(name)
-    if component is None:
-        raise JobError(Problem(f"the candidate has no {name!r}", str(candidate), expected="the original's components"))
-    model_class = getattr(diffusers, component.class_name)
+    model_class = getattr(diffusers if component.library == "diffusers" else transformers, component.class_name)
     model, info = model_class.from_pretrained(component.folder, dtype=torch.bfloat16, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):  # diffusers gives them random values and only warns
-        got = ", ".join(missing[:3])
-        raise JobError(Problem(f"{len(missing)} tensors of {name!r} are not in the checkpoint", str(candidate), got))
+    if missing := sorted(info["missing_keys"]):  # the libraries give them random values and only warn
+        what = f"{len(missing)} tensors of {component.name!r} are not in the checkpoint"
+        raise JobError(Problem(what, str(component.folder.parent), got=", ".join(missing[:3])))
     return model if device == "cpu" else model.to(device)
 
 
-def _checked(error: float, where: str) -> float:
-    if math.isfinite(error):
-        return error
-    raise JobError(Problem("the output cannot be compared", where, got=f"relative error {error}", expected="a number"))
+def mean_error(errors: Sequence[float], prompts: Sequence[int]) -> Json:
+    """The mean of finite errors of these prompts with its interval, as the report has it."""
+    mean = summarize(errors, prompts, higher_is_better=False).mean
+    return {"relative_error": mean.value, "low": mean.low, "high": mean.high}
 
 
 def _steps(errors: Iterable[CallError]) -> Iterator[Json]:
@@ -154,10 +228,60 @@ def _steps(errors: Iterable[CallError]) -> Iterator[Json]:
     for error in errors:
         by_step.setdefault(error.step, []).append(error)
     for step, found in sorted(by_step.items()):
-        prompts = [error.prompt for error in found]
-        mean = summarize([error.relative_error for error in found], prompts, higher_is_better=False).mean
         where = {"step": step, "timestep": found[0].timestep}
-        yield {**where, "relative_error": mean.value, "low": mean.low, "high": mean.high}
+        yield {**where, **mean_error([error.relative_error for error in found], [error.prompt for error in found])}
+
+
+def _prompts(errors: Iterable[CallError]) -> Iterator[Json]:
+    """Every step counts alike, however often guidance calls the denoiser in it."""
+    by_prompt: dict[int, dict[int, list[float]]] = {}
+    for error in errors:
+        by_prompt.setdefault(error.prompt, {}).setdefault(error.step, []).append(error.relative_error)
+    for prompt, steps in sorted(by_prompt.items()):
+        yield {"prompt": prompt, "relative_error": fmean(fmean(found) for found in steps.values())}
+
+
+def _text_errors(
+    candidate: Path, original: Path, names: Iterable[str], tapes: Sequence[Recorded], sampling: Sampling
+) -> Iterator[tuple[str, Json]]:
+    """Of each text encoder whose weights are not the original's; one that the candidate lacks is none of its own."""
+    first, second = open_pipeline(str(original)).components, open_pipeline(str(candidate)).components
+    for name in names:
+        if name in first and name in second and not same_weights(first[name], second[name]):
+            yield name, _text_error(second[name], tapes, sampling)
+
+
+def _text_error(component: Component, tapes: Sequence[Recorded], sampling: Sampling) -> Json:
+    model, errors, prompts = _load(component, sampling.device), [], []
+    for prompt, tape in enumerate(tapes):
+        for call in tape.texts:
+            if call["encoder"] == component.name:
+                found, wanted = _answers(model, tape, call, sampling)
+                errors.append(checked_error(found, wanted, f"{component.name}, prompt {prompt}"))
+                prompts.append(prompt)
+    return {**mean_error(errors, prompts), "prompts": len(set(prompts))}
+
+
+def _answers(model: Any, tape: Recorded, call: Json, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Found and wanted: the encoding that the denoiser was given as it is (Flux: T5's of every token, CLIP's pooled).
+
+    Where pipelines cut, pad or join encodings before, it is the encoder's first one: the last hidden state. Tokens
+    that the encoder's attention mask hides do not count.
+    """
+    names: Json = call["outputs"]
+    answer = next((answer for answer, name in names.items() if name in tape.given), next(iter(names)))
+    answers = encodings(_ask(model, tape, call, sampling))
+    if answer not in answers:
+        raise JobError(Problem("the text encoder answers in another form", got=", ".join(answers), expected=answer))
+    mask = tape.unpack(call["mask"], "cpu")
+    return _seen(answers[answer].cpu(), mask), _seen(tape.read(names[answer]), mask)
+
+
+def _seen(encoding: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens that a mask [batch, tokens] shows of an encoding [batch, tokens, width]; other encodings whole."""
+    if mask is None or encoding.ndim != 3 or mask.shape != encoding.shape[:2]:
+        return encoding
+    return encoding[mask.bool()]
 
 
 def _layer_errors(candidate: Path, original: Path, name: str, tapes: Sequence[Recorded]) -> Iterator[Json]:
@@ -171,7 +295,7 @@ def _layer_errors(candidate: Path, original: Path, name: str, tapes: Sequence[Re
         inputs = [x for tape in tapes[:LAYER_SAMPLES] for x in tape.layer_inputs(f"{name}/{entry.layer}")]
         if entry.quantized and inputs:
             layer = f"{name}.{entry.layer}" if several else entry.layer
-            error = _checked(_layer_error(recorded, entry, sources[entry.name], inputs), layer)
+            error = _layer_error(recorded, entry, sources[entry.name], inputs, layer)
             yield {"layer": layer, "backend": entry.backend.name, "relative_error": error}
 
 
@@ -182,20 +306,19 @@ def _recorded_component(candidate: Path, name: str) -> RecordedComponent | None:
 
 
 def _layer_error(
-    recorded: RecordedComponent, entry: RecordedEntry, source: StoredTensor, inputs: Sequence[Tensor]
+    recorded: RecordedComponent, entry: RecordedEntry, source: StoredTensor, inputs: Sequence[Tensor], where: str
 ) -> float:
     """||x(Ŵ - W)ᵀ|| / ||xWᵀ|| in float32, the mean over the calls; x [n, in], W and Ŵ [out, in]."""
     tensors = recorded.component.tensors
     stored = {suffix: read_tensor(tensors[place]) for suffix, (place, _) in entry.tensors.items()}
     weight = read_tensor(source).float()
     decoded = entry.backend.decode(stored, entry.weight)
-    errors = [relative_error(x.float() @ decoded.T, x.float() @ weight.T) for x in inputs]
-    return sum(errors) / len(errors)
+    return fmean(checked_error(x.float() @ decoded.T, x.float() @ weight.T, where) for x in inputs)
 
 
 def _work(request: Json) -> None:
-    candidate, original, recorded = (Path(request[key]) for key in ("candidate", "original", "recorded"))
-    print(json.dumps(asdict(replay(candidate, original, recorded, Sampling(**request["sampling"])))))
+    candidate, original, recorded, file = (Path(request[key]) for key in ("candidate", "original", "recorded", "file"))
+    keep(replay(candidate, original, recorded, Sampling(**request["sampling"])), file)
 
 
 if __name__ == "__main__":

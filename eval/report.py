@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bitroute.convert.checkpoint import folder_name
+from bitroute.convert.files import sha256
 from bitroute.convert.table import size
 from bitroute.errors import JobError, Problem
-from bitroute.eval.evaluate import FLOOR_DB, Candidate, Evaluation, provenance_of
+from bitroute.eval.evaluate import Evaluation, provenance_of
 from bitroute.eval.intervals import Mean
+from bitroute.eval.judge import FLOOR_DB, Candidate
 from bitroute.eval.scores import TITLES, Scores, plain, words
 
 SCHEMA = "bitroute-report/1"
@@ -27,8 +31,9 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
         "verdict": verdict(evaluation),
         "passed": evaluation.passed,
         "original": {
-            "name": original.name, "size_bytes": folder_bytes(original), "measured": dict(evaluation.drawn.measured),
-            "pictures": "pictures/original",
+            "name": folder_name(original), "size_bytes": folder_bytes(original),
+            "measured": dict(evaluation.drawn.measured),
+            "pictures": "pictures/original", "pictures_sha256": _pictures_sha256(evaluation),
         },
         "sampling": evaluation.sampling.describe(),
         "environment": dict(evaluation.environment),
@@ -142,20 +147,38 @@ def _candidate(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
         "tripwires": list(candidate.tripwires),
         "size_bytes": folder_bytes(candidate.model),
         "bits_per_weight": {name: round(8 * part["size_bytes"] / part["parameters"], 3) for name, part in plan.items()},
+        "parameters": {name: part["parameters"] for name, part in plan.items()},
+        "record_sha256": _record_sha256(candidate.model),
         "recipe": origin.get("recipe"),
         "measured": dict(candidate.run.measured) if candidate.run else {},
         "pictures": f"pictures/{_folder_name(candidate)}" if candidate.run else "",
         "scores": candidate.scores.describe() if candidate.scores else {},
         "gate": [_limit(candidate, i) for i in range(len(candidate.limits))],
-        **_denoiser(candidate),
+        **_optional(candidate),
         "samples": _samples(candidate, evaluation),
     }
 
 
-def _denoiser(candidate: Candidate) -> dict[str, Any]:
-    if candidate.replay is None:
-        return {}
-    return {"trajectory": dict(candidate.replay.trajectory), "layers": list(candidate.replay.layers)}
+def _optional(candidate: Candidate) -> dict[str, Any]:
+    """Without the keys that nothing was measured for."""
+    found: dict[str, Any] = {"weights": candidate.weights, "drift": candidate.drift, "standalone": candidate.standalone}
+    if candidate.replay:
+        found |= asdict(candidate.replay)
+    return {key: plain(value) for key, value in found.items() if value}
+
+
+def _pictures_sha256(evaluation: Evaluation) -> str:
+    """Of their pixels: where two reports agree, their candidates were compared with the same pictures."""
+    found = hashlib.sha256()
+    for picture in evaluation.drawn.pictures:
+        found.update(f"{list(picture.shape)}".encode() + picture.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _record_sha256(model: Path) -> str | None:
+    """Ties the report to one state of a checkpoint: its bitroute.json holds the hashes of all its files."""
+    file = model / "bitroute.json"
+    return sha256(file) if file.is_file() else None
 
 
 def _limit(candidate: Candidate, index: int) -> dict[str, Any]:

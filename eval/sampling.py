@@ -17,6 +17,7 @@ import torch
 
 from bitroute.convert.describe import LIBRARIES
 from bitroute.errors import Problem, RecipeError, did_you_mean
+from bitroute.eval.inputs import hashes, names
 
 PROMPT_LIMIT_BYTES = 1_000_000
 SEED_LIMIT = 2**32  # a seed times the prompts must fit into 63 bits
@@ -42,7 +43,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampling:
-    """call: arguments of the pipeline such as height, num_inference_steps, guidance_scale. threads: torch threads."""
+    """call: arguments of the pipeline such as height, num_inference_steps, guidance_scale. threads: torch threads.
+
+    pipeline: the diffusers class to use instead of the one that the model names. inputs: argument → picture files, one
+    for all prompts or one for each (inputs.py).
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
@@ -50,17 +55,30 @@ class Sampling:
     device: str = "cpu"
     threads: int = 1
     attention: str = "default"  # or "math": the plain kernel, for the noise floor
+    pipeline: str | None = None
+    inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def samples(self) -> Iterator[Sample]:
         for index, prompt in enumerate(self.prompts):
             for seed in self.seeds:
                 yield Sample(index, prompt, seed)
 
-    def describe(self) -> dict[str, Any]:
+    def request(self) -> dict[str, Any]:
+        """JSON for another process of this machine, which makes the same with Sampling(**request)."""
         return {
             "prompts": list(self.prompts), "seeds": list(self.seeds), "call": dict(self.call),
-            "device": self.device, "threads": self.threads, "attention": self.attention,
+            "device": self.device, "threads": self.threads, "attention": self.attention, "pipeline": self.pipeline,
+            "inputs": {argument: list(files) for argument, files in self.inputs.items()},
         }  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """For reports and for the key: input pictures by their names and contents, not by their places.
+
+        Raises:
+            JobError: an input picture cannot be read.
+        """
+        content = {"inputs_sha256": hashes(self.inputs)} if self.inputs else {}
+        return {**self.request(), "inputs": names(self.inputs), **content}
 
     @property
     def hardware(self) -> str:

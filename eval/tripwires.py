@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from bitroute.convert.checkpoint import Component, open_pipeline
 from bitroute.convert.reading import read_tensor
 from bitroute.errors import SourceError
 from bitroute.eval.generate import is_text_encoder
+from bitroute.eval.metrics import frames
 from bitroute.eval.sampling import Sample
 
 FLAT_STD = 2.0  # of 255: below it a picture is one colour
@@ -21,18 +23,25 @@ SATURATED = 0.98  # of the values at 0 or 255; white backgrounds leave colours e
 
 
 def bad_pictures(samples: Sequence[Sample], pictures: Sequence[Tensor], folder: Path) -> Iterator[str]:
-    """Why these pictures ([3, H, W] uint8) or their latents are broken, one sentence for each kind."""
+    """Why these pictures ([3, H, W] uint8; videos [f, 3, H, W]) or their latents are broken, a sentence for each kind.
+
+    Frames are counted from 0.
+    """
     broken = [sample.stem for sample in samples if not _latents_are_finite(folder / f"{sample.stem}.safetensors")]
     if broken:
         yield f"NaN or infinite latents in {_named(broken)}"
-    flat = [s.stem for s, picture in zip(samples, pictures, strict=True) if _is_flat(picture)]
+    flat, saturated, same = list[str](), list[str](), defaultdict[bytes, list[Sample]](list)
+    for sample, picture in zip(samples, pictures, strict=True):
+        flat += _bad_frames(sample, picture, _is_flat)
+        saturated += _bad_frames(sample, picture, _is_saturated)
+        same[sha256(picture.contiguous().numpy().data).digest()].append(sample)
     if flat:
         yield f"pictures of a single colour: {_named(flat)}"
-    saturated = [s.stem for s, picture in zip(samples, pictures, strict=True) if _extreme(picture) > SATURATED]
     if saturated:
         yield f"saturated pictures: {_named(saturated)}"
-    for same in _same_pictures(samples, pictures):
-        yield f"identical pictures for different prompts: {_named(same)}"
+    for group in same.values():
+        if len({sample.prompt for sample in group}) > 1:
+            yield f"identical pictures for different prompts: {_named([sample.stem for sample in group])}"
 
 
 def unquantized(original: Path, candidate: Path, share_text: bool) -> Iterator[str]:
@@ -40,9 +49,9 @@ def unquantized(original: Path, candidate: Path, share_text: bool) -> Iterator[s
     first, second = open_pipeline(str(original)).components, open_pipeline(str(candidate)).components
     names = [name for name in second if name in first]
     text = [name for name in names if is_text_encoder(second[name])] if share_text else []
-    if not names or not all(_same_weights(first[name], second[name]) for name in names if name not in text):
+    if not names or not all(same_weights(first[name], second[name]) for name in names if name not in text):
         return
-    if all(_same_weights(first[name], second[name]) for name in text):
+    if all(same_weights(first[name], second[name]) for name in text):
         yield "every component holds the original's weights: nothing is quantized"
     else:
         yield "only text encoders are quantized, and the original's were used: evaluate with --own-text"
@@ -58,27 +67,26 @@ def unrelated(lpips: float, of_other_prompts: float | None) -> Iterator[str]:
 
 
 def _latents_are_finite(file: Path) -> bool:
-    return not file.is_file() or bool(load_file(file)["latents"].isfinite().all())
+    return not file.is_file() or all(bool(found.isfinite().all()) for found in load_file(file).values())
+
+
+def _bad_frames(sample: Sample, picture: Tensor, is_bad: Callable[[Tensor], bool]) -> list[str]:
+    """The sample's name where all of it is bad, otherwise each frame that is."""
+    verdicts = [is_bad(frame) for frame in frames(picture)]
+    if all(verdicts):
+        return [sample.stem]
+    return [f"frame {index} of {sample.stem}" for index, bad in enumerate(verdicts) if bad]
 
 
 def _is_flat(picture: Tensor) -> bool:
     return bool(picture.float().std(dim=(1, 2)).max() < FLAT_STD)
 
 
-def _extreme(picture: Tensor) -> float:
-    return float(((picture == 0) | (picture == 255)).all(dim=0).float().mean())
+def _is_saturated(picture: Tensor) -> bool:
+    return float(((picture == 0) | (picture == 255)).all(dim=0).float().mean()) > SATURATED
 
 
-def _same_pictures(samples: Sequence[Sample], pictures: Sequence[Tensor]) -> Iterator[list[str]]:
-    groups: dict[bytes, list[Sample]] = defaultdict(list)
-    for sample, picture in zip(samples, pictures, strict=True):
-        groups[picture.contiguous().numpy().tobytes()].append(sample)
-    for group in groups.values():
-        if len({sample.prompt for sample in group}) > 1:
-            yield [sample.stem for sample in group]
-
-
-def _same_weights(first: Component, second: Component) -> bool:
+def same_weights(first: Component, second: Component) -> bool:
     """Reads no further than the first difference; what cannot be read is not the same."""
     try:
         one, other = first.tensors, second.tensors

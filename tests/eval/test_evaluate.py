@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitroute.convert.job import quantize
 from bitroute.errors import JobError, SourceError
-from bitroute.eval.evaluate import Evaluation, closeness, evaluate
+from bitroute.eval.evaluate import Evaluation, evaluate
 from bitroute.eval.gate import parse_gate
+from bitroute.eval.judge import closeness
 from bitroute.eval.metrics import mse_to_db
 from bitroute.eval.page import write_page
 from bitroute.eval.report import candidate_verdict, write_report
@@ -242,13 +242,27 @@ def test_a_picture_one_level_off_scores_as_the_formula_says(sampling: Sampling) 
     assert not found.identical and score(samples, first, first).identical
 
 
-def test_the_denoiser_is_judged_on_the_originals_inputs(tiny: Path, sampling: Sampling, tmp_path: Path) -> None:
-    out = quantize("tiny-flux-fp8", out=tmp_path / "fp8")
-    found = evaluate(str(tiny), [str(out)], sampling, cache=tmp_path / "cache")
-    replay = found.candidates[0].replay
+def test_the_denoiser_is_judged_on_the_originals_inputs(measured: Evaluation) -> None:
+    replay = measured.candidates[0].replay
     assert replay is not None
     steps = [step["relative_error"] for step in replay.trajectory["timesteps"]]
-    assert len(steps) == sampling.call["num_inference_steps"]
+    assert len(steps) == measured.sampling.call["num_inference_steps"]
     assert all(0.005 < error < 0.1 for error in steps)
     assert len(replay.layers) == 52
     assert replay.layers[0]["relative_error"] < 0.05
+
+
+def test_a_quantized_text_encoder_has_an_error_though_the_pictures_used_the_originals(measured: Evaluation) -> None:
+    (found,) = measured.candidates
+    assert measured.share_text and found.replay is not None
+    assert found.replay.text.keys() == {"text_encoder_2"}
+    assert 0.03 < found.replay.text["text_encoder_2"]["relative_error"] < 0.2
+
+
+def test_the_weights_and_the_drift_are_measured_too(measured: Evaluation) -> None:
+    (found,) = measured.candidates
+    assert found.weights.keys() == {"transformer", "text_encoder_2"}
+    assert 0.02 < found.weights["transformer"]["relative_error"] < 0.03
+    assert found.weights["text_encoder_2"]["relative_error"] > 0.1
+    assert [step["step"] for step in found.drift] == list(range(measured.sampling.call["num_inference_steps"]))
+    assert all(0 < step["relative_error"] < 0.1 for step in found.drift)

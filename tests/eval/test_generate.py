@@ -34,10 +34,13 @@ def reference(tiny: Path, sampling: Sampling, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def test_every_sample_has_a_picture_and_finite_latents(reference: Path, sampling: Sampling) -> None:
+def test_every_sample_has_a_picture_and_the_finite_latents_of_every_step(reference: Path, sampling: Sampling) -> None:
     stems = [sample.stem for sample in sampling.samples()]
     assert sorted(drawn(reference)) == sorted(f"{stem}.{end}" for stem in stems for end in ("png", "safetensors"))
-    assert all(load_file(reference / f"{stem}.safetensors")["latents"].isfinite().all() for stem in stems)
+    for stem in stems:
+        latents = load_file(reference / f"{stem}.safetensors")
+        assert sorted(latents) == [f"latents/{step}" for step in range(4)]
+        assert all(found.isfinite().all() and found.dtype == torch.bfloat16 for found in latents.values())
     measured = json.loads((reference / "run.json").read_text())
     assert measured["pictures"] == 3
     assert measured["load_seconds"] > 0 and measured["seconds_per_step"] > 0 and measured["peak_bytes"] > 2**20
@@ -54,7 +57,7 @@ def test_another_seed_and_another_prompt_start_from_another_noise(
 def test_a_killed_run_is_taken_up_and_ends_with_the_same_bytes(tiny: Path, sampling: Sampling, tmp_path: Path) -> None:
     long = replace(sampling, prompts=sampling.prompts * 4, call={**sampling.call, "num_inference_steps": 20})
     folder = tmp_path / "killed"
-    request = {"model": str(tiny), "folder": str(folder), "text_from": None, "sampling": long.describe()}
+    request = {"model": str(tiny), "folder": str(folder), "text_from": None, "sampling": long.request()}
     command = [sys.executable, "-P", "-m", "bitroute.eval.generate"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL) as process:
         assert process.stdin

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from bitroute.errors import JobError
-from bitroute.eval.evaluate import Candidate, Evaluation
+from bitroute.eval.evaluate import Evaluation
 from bitroute.eval.gate import parse_gate
+from bitroute.eval.judge import Candidate
 from bitroute.eval.page import write_page
 from bitroute.eval.report import candidate_verdict, describe, table, write_report
 from bitroute.eval.scores import Scores

@@ -114,8 +114,8 @@ def test_a_number_that_json_does_not_know_is_refused_before_anything_is_drawn(va
 
 
 def test_a_sampling_survives_the_way_to_another_process() -> None:
-    sampling = Sampling(("a", "b"), (0, 7), {"height": 64}, threads=2)
-    sent = Sampling(**json.loads(json.dumps(sampling.describe())))
+    sampling = Sampling(("a", "b"), (0, 7), {"height": 64}, threads=2, pipeline="FluxPipeline")
+    sent = Sampling(**json.loads(json.dumps(sampling.request())))
     assert sent.describe() == sampling.describe()
     assert list(sent.samples()) == list(sampling.samples())
 
@@ -128,6 +128,7 @@ def test_a_sampling_survives_the_way_to_another_process() -> None:
         {"call": {"num_inference_steps": 5}},
         {"attention": "math"},
         {"threads": 2},
+        {"pipeline": "FluxImg2ImgPipeline"},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -51,6 +51,21 @@ def test_a_black_picture_with_a_little_noise_is_still_one_colour(tmp_path: Path)
     assert "single colour: 0000-0" in found(tmp_path, noise(0) // 128, noise(1))
 
 
+def test_a_black_frame_among_good_ones_is_named(tmp_path: Path) -> None:
+    video = torch.stack([noise(2), noise(3), noise(4), colour(0, 0, 0)])
+    assert "single colour: frame 3 of 0001-0 (" in found(tmp_path, noise(0), video)
+
+
+def test_a_video_that_is_black_throughout_is_named_once(tmp_path: Path) -> None:
+    assert "single colour: 0001-0 (" in found(tmp_path, noise(0), colour(0, 0, 0).repeat(5, 1, 1, 1))
+
+
+def test_the_same_video_for_two_prompts_is_named_with_both(tmp_path: Path) -> None:
+    video = torch.stack([noise(0), noise(1)])
+    assert "different prompts: 0000-0, 0001-0" in found(tmp_path, video, video.clone())
+    assert found(tmp_path, video, video.flip(0)) == ""
+
+
 def test_a_picture_of_nothing_but_extremes_is_saturated(tmp_path: Path) -> None:
     assert "saturated pictures: 0000-0" in found(tmp_path, (noise(0) // 128) * 255, noise(1))
 
@@ -63,8 +78,8 @@ def test_the_same_picture_for_two_prompts_is_named_with_both(tmp_path: Path) -> 
 def test_one_bad_value_in_the_latents_is_enough(tmp_path: Path, value: float) -> None:
     latents = torch.zeros(1, 4, 8, dtype=torch.bfloat16)
     latents[0, 3, 7] = value
-    save_file({"latents": latents}, tmp_path / "0001-0.safetensors")
-    save_file({"latents": torch.zeros(1, 4, 8)}, tmp_path / "0000-0.safetensors")
+    save_file({"latents/0": latents, "latents/1": torch.zeros(1, 4, 8)}, tmp_path / "0001-0.safetensors")
+    save_file({"latents/0": torch.zeros(1, 4, 8)}, tmp_path / "0000-0.safetensors")
     assert found(tmp_path, noise(0), noise(1)) == "NaN or infinite latents in 0001-0 (prompt-seed)"
 
 
