@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +25,14 @@ from bitroute.errors import BitrouteError, Problem
 from bitroute.eval import commands as evaluation
 
 if TYPE_CHECKING:
+    from types import FrameType
 
     from bitroute.convert.plan import Plan
     from bitroute.convert.verify import Verification
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a job as Ctrl-C does."""
 
 
 class _Command(click.Group):
@@ -45,13 +55,15 @@ class _Command(click.Group):
             if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows `?`, it is no reason to fail
                 stream.reconfigure(errors="replace")
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
-        except (KeyboardInterrupt, click.Abort):
+        except (KeyboardInterrupt, click.Abort) as interrupt:
+            _end_soon()
             click.echo("\ninterrupted; nothing unfinished carries a final name", err=True)
-            click.echo(f"again: {_again(ctx)}", err=True)
-            ctx.exit(130)
+            click.echo(f"to go on: {_again(ctx)}", err=True)
+            ctx.exit(143 if isinstance(interrupt, _Terminated) else 130)
         except BrokenPipeError:  # `quantize … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
@@ -61,6 +73,29 @@ class _Command(click.Group):
             known = error if isinstance(error, BitrouteError) else BitrouteError(_internal(error))
             _print_problems(known)
             ctx.exit(known.exit_code)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python sets no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_soon() -> None:
+    """What still has to be said is said, and nothing is collected that the end of the process gives back anyway."""
+    gc.freeze()  # torch's and diffusers' objects alone take 1.5 s
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _internal(error: Exception) -> Problem:
@@ -79,10 +114,14 @@ def _print_problems(error: BitrouteError) -> None:
 
 @click.group(cls=_Command, invoke_without_command=True, context_settings=CONTEXT)
 @click.option("--recipe", "-r", help="A recipe file, or the name of a built-in one.")
-@click.option("--model", "-m", help="The pipeline folder, or builtin:tiny-flux; overrides the recipe's `model`.")
+@click.option(
+    "--model", "-m", help="A pipeline folder, a Hub id or builtin:tiny-flux, instead of the recipe's `model`."
+)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder  [default: the recipe's name]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of bitroute in the output folder.")
+@click.option("--resume", is_flag=True, help="Finish an interrupted job; start it where there is nothing yet.")
+@click.option("--allow-pickle", is_flag=True, help="Also read weights from *.bin files, tensors alone.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu, cuda, mps.")
 @click.option("--no-verify", is_flag=True, help="Do not verify the result.")
 @click.option("--eval", "evaluated", is_flag=True, help="Compare with the original as the recipe's `eval` says.")
@@ -92,7 +131,8 @@ def _print_problems(error: BitrouteError) -> None:
 @click.pass_context
 def main(
     ctx: click.Context, recipe: str | None, model: str | None, out: Path | None, dry_run: bool,
-    overwrite: bool, device: str, no_verify: bool, evaluated: bool, as_json: bool, verbose: int,
+    overwrite: bool, resume: bool, allow_pickle: bool, device: str, no_verify: bool, evaluated: bool, as_json: bool,
+    verbose: int,
 ) -> None:  # fmt: skip
     """Quantize a diffusers pipeline: a recipe in, a checkpoint that diffusers loads out.
 
@@ -100,6 +140,7 @@ def main(
     quantize --recipe tiny-flux-fp8                                the bundled model, to try it
     quantize --recipe flux-fp8 --model ./FLUX.1-dev --dry-run      the plan alone
     quantize --recipe flux-fp8 --model ./FLUX.1-dev --out ./flux-fp8
+    quantize --recipe flux-fp8 --model black-forest-labs/FLUX.1-dev
 
     Exit codes: 0 done, 1 failed, 2 usage or recipe refused, 3 the quality gate failed, 130 interrupted.
     """
@@ -107,30 +148,34 @@ def main(
         return
     if recipe is None:
         raise click.UsageError("give --recipe, or a command; `quantize recipes list` shows the built-in recipes")
-    from bitroute.convert.describe import written_files
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with what is there, --overwrite begins anew: give one of them")
     from bitroute.convert.job import check_device
+    from bitroute.convert.journal import journal_of
     from bitroute.convert.output import check_output
-    from bitroute.convert.plan import plan
+    from bitroute.convert.plan import fetch, plan
 
     check_device(device)
-    planned = plan(recipe, model)
+    planned = plan(recipe, model, allow_pickle=allow_pickle)
     sampling = evaluation.sampling_of(planned, device) if evaluated else None
     folder = out.expanduser() if out else Path(Path(recipe).stem)
     if out or not dry_run:
-        check_output(planned, folder, written_files(planned), overwrite)
+        check_output(planned, folder, journal_of(planned, device), overwrite, resume)
     if dry_run:
         _print_plan(planned, as_json)
         return
-    _run(planned, folder, device, overwrite, as_json)
-    ctx.meta["written"] = folder
-    found = None if no_verify else run_verification(folder, planned.pipeline.name, load=True)
+    planned = fetch(planned)
+    ctx.meta["out"] = folder
+    _run(planned, folder, device, overwrite, resume, as_json)
+    ctx.meta["written"] = True
+    found = None if no_verify else run_verification(folder, planned.pipeline, load=True)
     _print_result(planned, folder, found, as_json)
     if (found and found.problems) or sampling is None:
         ctx.exit(1 if found and found.problems else 0)
     ctx.exit(evaluation.evaluate_result(planned, folder, sampling))
 
 
-def _run(planned: Plan, out: Path, device: str, overwrite: bool, as_json: bool) -> None:
+def _run(planned: Plan, out: Path, device: str, overwrite: bool, resume: bool, as_json: bool) -> None:
     from bitroute.convert.job import run
     from bitroute.convert.progress import Bar
 
@@ -138,7 +183,9 @@ def _run(planned: Plan, out: Path, device: str, overwrite: bool, as_json: bool) 
         _print_table(planned)
     total = sum(component.source_bytes for component in planned.components)
     with Bar("quantizing", total) as bar:
-        run(planned, out, device=device, overwrite=overwrite, progress=bar.advance)
+        converted = run(planned, out, device=device, overwrite=overwrite, resume=resume, progress=bar.advance)
+    if not converted:
+        click.echo(f"{out} is finished: there is nothing to convert", err=True)
 
 
 def _print_plan(planned: Plan, as_json: bool) -> None:
@@ -170,18 +217,24 @@ def _print_table(planned: Plan) -> None:
 
 
 def _again(ctx: click.Context) -> str:
-    """The command that takes up what was interrupted."""
+    """The command that takes up what was interrupted: the same one, with --resume if its job has left something."""
     program = Path(sys.argv[0]).name
     program_words = ["python", "-m", "bitroute"] if program == "__main__.py" else [program]
-    if "written" in ctx.meta:
-        return shlex.join([*program_words, "verify", str(ctx.meta["written"])])
-    is_job = ctx.invoked_subcommand is None and "--overwrite" not in sys.argv
-    return shlex.join([*program_words, *sys.argv[1:], *(["--overwrite"] if is_job else [])])
+    words = sys.argv[1:]
+    if "out" in ctx.meta and ("written" in ctx.meta or _is_begun(ctx.meta["out"])):
+        words = [*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"]
+    return shlex.join([*program_words, *words])
+
+
+def _is_begun(out: Path) -> bool:
+    from bitroute.convert.journal import UNFINISHED
+
+    return (out / UNFINISHED).is_file()
 
 
 COMMANDS = (
     around_a_job.recipes, around_a_job.list_backends, around_a_job.inspect_path, around_a_job.verify_folder,
-    around_a_job.show_doctor, evaluation.evaluate_folders,
+    around_a_job.show_doctor, evaluation.evaluate_folders, evaluation.compare_folders,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -1,13 +1,15 @@
 """From a recipe to a checkpoint, in the order in which the data goes:
 
 document → validation → recipe      YAML with lines, the schema, all problems at once
-layout → reading → checkpoint       safetensors headers, bytes by blocks of rows, the parts of a pipeline
+layout → reading → checkpoint       safetensors headers (pickles: of *.bin), bytes by blocks of rows, parts of a pipeline
+hub, selection → download           a repository at one commit, the files of its pipeline, an outline for the plan
 architecture, profile               the layers of a class on the meta device, what is known of it
 pattern → routing                   which backend every layer gets
 entry → container → copies → plan   what becomes of each tensor, how a component is stored, what goes along
 fold → describe → table             the plan for configs, machines and people
-files → output → writer → job       whole files only, the folder, one shard, the run (workers: a thread per core)
-record → fidelity, reload → verify  what the job wrote, held against its source, loaded (loading: in its own process)
+files → journal → output            whole files only, what must not change until the end, the folder
+writer → job                        one shard, the run (workers: a thread per core)
+seal, record → fidelity → verify    what the job wrote, held against its source, loaded (reload, loading)
 inspection, doctor                  any file or folder; this machine
 progress, noise                     bars on stderr; the libraries' remarks kept off it
 commands                            the small commands around a job

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from bitroute.convert.document import SHOWN, printable
 from bitroute.convert.layout import Header, StoredTensor, read_header
+from bitroute.convert.pickles import read_pickle
 from bitroute.convert.reading import read_json
 from bitroute.errors import Problem, SourceError, did_you_mean
 
+if TYPE_CHECKING:
+    from bitroute.convert.download import HubSource
+
 BUILTIN = "builtin:"
+Access = Literal["download", "outline", "cache"]  # of a model on the Hub
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+PICKLE_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "pytorch_model"}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+WEIGHTS = (".safetensors", ".bin", ".index.json")
+MAX_FILE_NAME_BYTES = 255  # of most file systems
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,7 @@ class Component:
     library: str  # diffusers or transformers
     class_name: str
     folder: Path
+    allow_pickle: bool = False
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -34,7 +46,7 @@ class Component:
 
     @cached_property
     def headers(self) -> dict[Path, Header]:
-        return {file: read_header(file) for file in self._files()}
+        return {file: read_pickle(file) if file.suffix == ".bin" else read_header(file) for file in self._files()}
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -50,22 +62,25 @@ class Component:
         return found
 
     def _files(self) -> list[Path]:
-        index = self.folder / f"{self.stem}.safetensors.index.json"
-        single = self.folder / f"{self.stem}.safetensors"
-        if index.exists():
-            return self._shards(index)
-        if single.exists():
-            return [single]
-        others = sorted(p.name for p in self.folder.iterdir() if p.suffix in {".safetensors", ".bin", ".ckpt", ".pt"})
-        raise SourceError(
-            Problem(
-                f"component {self.name!r} has no weights in safetensors", str(self.folder),
-                got=", ".join(others) or "no weight file",
-                expected=f"{single.name} or {index.name}",
-                next_step="pickle files are not read, they can run code: save the model as safetensors first"
-                if any(name.endswith((".bin", ".ckpt", ".pt")) for name in others)
-                else "rename or save the variant you want under the plain name",
-            )
+        names = [f"{self.stem}.safetensors"]
+        if self.allow_pickle:
+            names.append(f"{PICKLE_STEMS[self.library]}.bin")
+        for name in names:
+            if os.path.lexists(index := self.folder / f"{name}.index.json"):
+                return self._shards(index)
+            if os.path.lexists(single := self.folder / name):  # a link that leads nowhere is named where it is read
+                return [single]
+        raise SourceError(self._no_weights(names))
+
+    def _no_weights(self, names: list[str]) -> Problem:
+        others = [name for name in file_names(self.folder) if name.endswith((".safetensors", *PICKLES))]
+        mend = "rename or save the variant you want under the plain name"
+        if not self.allow_pickle and any(name.endswith(PICKLES) for name in others):
+            mend = "a pickle can run code: save the model as safetensors, or give --allow-pickle (.bin, tensors alone)"
+        return Problem(
+            f"component {self.name!r} has no weights in {' or '.join(name.partition('.')[2] for name in names)}",
+            str(self.folder), got=printable(", ".join(others[:10])) or "no weight file",
+            expected=" or ".join(word for name in names for word in (name, f"{name}.index.json")), next_step=mend,
         )  # fmt: skip
 
     def _shards(self, index: Path) -> list[Path]:
@@ -73,17 +88,47 @@ class Component:
         if not isinstance(weight_map, dict) or not weight_map:
             raise SourceError(Problem("the index has no weight_map", str(index)))
         names = sorted({str(name) for name in weight_map.values()})
+        suffix = Path(index.name.removesuffix(".index.json")).suffix
         for name in names:
-            if Path(name).name != name:
-                raise SourceError(
-                    Problem("the index names a file outside its folder", str(index), got=name,
-                            expected="plain file names")
-                )  # fmt: skip
+            if not is_plain_name(name):
+                raise SourceError(_outside(index, "a file outside its folder", name, "plain file names"))
+            if Path(name).suffix != suffix:  # else an index of safetensors could lead to a pickle
+                raise SourceError(_outside(index, "a file of another kind", name, f"*{suffix}"))
             if not (self.folder / name).is_file():
                 raise SourceError(
                     Problem(f"shard {name!r} is missing", str(index), next_step="download the model again")
                 )
         return [self.folder / name for name in names]
+
+
+def holds_model(folder: Path, library: str) -> bool:
+    """Whether there is a config or weights; where there is only one of them, reading the other says so."""
+    names, stems = file_names(folder), (STEMS[library], PICKLE_STEMS[library])
+    return "config.json" in names or any(name.startswith(stems) and name.endswith(WEIGHTS) for name in names)
+
+
+def _outside(index: Path, what: str, name: str, expected: str) -> Problem:
+    return Problem(f"the index names {what}", str(index), got=printable(name[:SHOWN]), expected=expected)
+
+
+def file_names(folder: Path) -> list[str]:
+    """Raises SourceError where the folder cannot be listed or entered."""
+    try:
+        names = sorted(os.listdir(folder))
+        os.stat(os.path.join(folder, os.curdir))  # one may list a folder without the right to enter it
+    except OSError as error:
+        raise SourceError(Problem("the folder cannot be read", str(folder), got=error.strerror or "")) from error
+    return names
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name from an index is that of a file or folder beside it, and fit to be shown."""
+    return (
+        Path(name).name == name
+        and name not in ("", "..")
+        and name.isprintable()
+        and len(name.encode()) <= MAX_FILE_NAME_BYTES
+    )
 
 
 @dataclass(frozen=True)
@@ -93,17 +138,24 @@ class Pipeline:
     folder: Path
     name: str  # as the user wrote it
     index: dict[str, Any]
+    hub: HubSource | None = None  # where on the Hub it comes from
+    is_outline: bool = False  # good for a plan only: the weights are headers without data
+    allow_pickle: bool = False  # whether weights may be read from *.bin
 
     @cached_property
     def components(self) -> dict[str, Component]:
-        """The parts that hold weights; tokenizers and schedulers are files to copy."""
+        """The parts that hold weights; tokenizers and schedulers are files to copy.
+
+        Raises:
+            SourceError: the folder of a part cannot be read.
+        """
         found = {}
         for name, entry in self.index.items():
             if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
                 continue
             library, class_name = entry
-            if library in STEMS and (self.folder / name / "config.json").is_file():
-                found[name] = Component(name, library, class_name, self.folder / name)
+            if (self.folder / name).is_dir() and library in STEMS and holds_model(self.folder / name, library):
+                found[name] = Component(name, library, class_name, self.folder / name, self.allow_pickle)
         return found
 
     @property
@@ -117,19 +169,65 @@ class Pipeline:
         return [name for name in self.wanted if (self.folder / name).is_dir()]
 
 
-def open_pipeline(model: str) -> Pipeline:
-    """A local pipeline folder, or `builtin:NAME`.
+def open_pipeline(
+    model: str, revision: str | None = None, variant: str | None = None, *,
+    access: Access = "download", allow_pickle: bool = False,
+) -> Pipeline:  # fmt: skip
+    """A local pipeline folder, `builtin:NAME`, or else a model on the Hub, `owner/name` or `owner/name@revision`.
+
+    revision: a branch, a tag or a commit. variant: of the weights, such as fp16. Both are the Hub's only.
+    access: `download` what the pipeline needs, `outline` it for a plan, or open what the `cache` has, without network.
+    allow_pickle: also read weights from *.bin, tensors alone.
 
     Raises:
-        SourceError: there is no such folder, or it is not a pipeline folder.
+        SourceError: there is no such folder and no such model, or it is not a pipeline folder.
+        JobError: the download failed.
     """
     try:
         folder = _builtin(model) if model.startswith(BUILTIN) else Path(model).expanduser()
-        if not model or not folder.is_dir():
-            raise SourceError(_no_folder(model, folder))
+        is_folder, is_there = bool(model) and folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, no permission
         raise SourceError(Problem("not a usable model path", model[:100], got=str(error)[:200])) from error
-    if not (folder / "model_index.json").is_file():
+    if is_folder and (revision or variant):
+        raise SourceError(_not_of_a_folder(model))
+    if not is_there:
+        from bitroute.convert.hub import parse_hub_id
+
+        hub_id = parse_hub_id(model)
+        if hub_id:
+            return _open_hub(model, hub_id[0], revision or hub_id[1], variant, access, allow_pickle)
+    if not is_folder:
+        raise SourceError(_no_folder(model, folder))
+    return Pipeline(folder, model, _index(folder), allow_pickle=allow_pickle)
+
+
+def _open_hub(
+    model: str, repo: str, revision: str | None, variant: str | None, access: Access, allow_pickle: bool
+) -> Pipeline:
+    from bitroute.convert import download
+
+    source = download.find_source(repo, revision, variant, cached=access == "cache")
+    if access != "outline" or not source.missing:
+        folder = download.download(source)
+        return Pipeline(folder, model, _index(folder), source, allow_pickle=allow_pickle)
+    if allow_pickle and any(name.endswith(".bin") for name in source.names):
+        mend = f"hf download {repo} --revision {source.commit}, then run it again"
+        raise SourceError(Problem("pickled weights cannot be planned before they are here", model, next_step=mend))
+    folder = download.outline(source)
+    pipeline = Pipeline(folder, model, _index(folder), source, is_outline=True, allow_pickle=allow_pickle)
+    download.forget_with(pipeline, folder)
+    return pipeline
+
+
+def folder_name(folder: Path) -> str:
+    """What people call the model in a folder; the Hub's cache calls it by its commit."""
+    repository = folder.parent.parent.name
+    in_cache = folder.parent.name == "snapshots" and repository.startswith("models--")
+    return repository.rpartition("--")[2] if in_cache else folder.name
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    if "model_index.json" not in file_names(folder):
         raise SourceError(
             Problem(
                 "not a diffusers pipeline folder", str(folder), got="no model_index.json",
@@ -138,27 +236,28 @@ def open_pipeline(model: str) -> Pipeline:
         )  # fmt: skip
     index = read_json(folder / "model_index.json")
     for name in index:
-        if Path(name).name != name or name in ("", ".."):
-            raise SourceError(
-                Problem("the index names a part outside the pipeline folder", str(folder / "model_index.json"),
-                        got=name, expected="plain folder names")
-            )  # fmt: skip
-    return Pipeline(folder, model, index)
+        if not is_plain_name(name):
+            what = "a part outside the pipeline folder"
+            raise SourceError(_outside(folder / "model_index.json", what, name, "plain folder names"))
+    return index
+
+
+def _not_of_a_folder(model: str) -> Problem:
+    return Problem(
+        "a local folder has no `revision` and no `variant`", model, got="a folder, which wins over the Hub",
+        next_step="leave them out, or rename the folder to mean the model on the Hub",
+    )  # fmt: skip
 
 
 def _no_folder(model: str, folder: Path) -> Problem:
-    owner, slash, name = model.partition("/")
     if folder.exists():
         got, mend = "a file", "give the diffusers folder (with model_index.json): single files are not read"
     elif model.startswith(BUILTIN):
         got, mend = "no bundled model of that name", "builtin:tiny-flux is the bundled one"
-    elif slash and owner.strip(".~") and "/" not in name:
-        got = "no folder of that name; perhaps a Hub id"
-        mend = f"download it: hf download {model} --local-dir {name}, then give --model {name}"
     else:
         beside = [path.parent.name for path in folder.parent.glob("*/model_index.json")]
         got, mend = "no folder of that name", did_you_mean(folder.name, beside)
-    expected = "a diffusers pipeline folder, or builtin:tiny-flux"
+    expected = "a diffusers pipeline folder, owner/name on the Hub, or builtin:tiny-flux"
     return Problem("no such model folder", model, got, expected, mend)
 
 

@@ -1,4 +1,4 @@
-"""The commands around a job: recipes, backends, inspect, verify, doctor."""
+"""The commands around a job: recipes, backends, inspect, verify, push, doctor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from bitroute.convert.checkpoint import Pipeline
     from bitroute.convert.verify import Verification
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -91,18 +92,53 @@ def inspect_path(path: str, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", "-m", help="The source to compare with  [default: the one the checkpoint names]")
 @click.option("--no-load", is_flag=True, help="Do not load the components in a fresh process.")
+@click.option("--allow-pickle", is_flag=True, help="Also read a source whose weights are *.bin files.")
 @JSON
 @click.pass_context
-def verify_folder(ctx: click.Context, folder: Path, model: str | None, no_load: bool, as_json: bool) -> None:
+def verify_folder(
+    ctx: click.Context, folder: Path, model: str | None, no_load: bool, allow_pickle: bool, as_json: bool
+) -> None:
     """Prove a finished checkpoint.
 
     Every file is what the job wrote, every layer decodes to its source, every component loads in a fresh process.
     """
     from bitroute.convert.table import verification_json, verification_text
 
-    found = run_verification(folder, model, load=not no_load)
+    found = run_verification(folder, model, load=not no_load, allow_pickle=allow_pickle)
     show(verification_json(found), as_json, verification_text(found))
     ctx.exit(1 if found.problems else 0)
+
+
+@click.command("push", context_settings=CONTEXT)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private, if it has to be made.")
+@click.option("--revision", help="A branch, made if it is missing  [default: the default branch]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of writing the branch.")
+@click.option("--base-model", metavar="OWNER/NAME", help="The model on the Hub that a local source is.")
+@click.option("--report", type=click.Path(path_type=Path), help="Folder of its evaluation  [default: FOLDER-report]")
+@click.option("--accept-license", is_flag=True, help="Publish although the base model is gated: its licence lets you.")
+@JSON
+def push_folder(
+    folder: Path, repo: str, private: bool, revision: str | None, create_pr: bool, base_model: str | None,
+    report: Path | None, accept_license: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Publish a finished checkpoint on the Hub, with a model card.
+
+    FOLDER is verified and loaded in a fresh process before anything is sent; everything arrives in one commit. The same
+    command takes up an upload that was interrupted. Weights of another checkpoint in the repository are removed.
+    """
+    from bitroute.convert.push import check_folder, push
+    from bitroute.convert.upload import Target
+
+    target = Target(repo, private, revision, create_pr, accept_license)
+    say = None if as_json else say_on_stderr
+    verification = None
+    if not as_json:  # a bar; but first what can be refused at once
+        check_folder(folder, target, base_model, report)
+        verification = run_verification(folder, None, load=True)
+    url = push(folder, target, base_model=base_model, report=report, verification=verification, progress=say)
+    show({"url": url}, as_json, url)
 
 
 @click.command("doctor", context_settings=CONTEXT)
@@ -115,13 +151,19 @@ def show_doctor(as_json: bool) -> None:
     show(found, as_json, diagnosis_text(found))
 
 
-def run_verification(folder: Path, model: str | None, *, load: bool) -> Verification:
+def run_verification(
+    folder: Path, model: str | Pipeline | None, *, load: bool, allow_pickle: bool = False
+) -> Verification:
     from bitroute.convert.progress import Bar
     from bitroute.convert.record import read_record
     from bitroute.convert.verify import verify
 
     with Bar("verifying", read_record(folder.expanduser()).size_bytes) as bar:
-        return verify(folder, model, load=load, progress=bar.advance)
+        return verify(folder, model, load=load, allow_pickle=allow_pickle, progress=bar.advance)
+
+
+def say_on_stderr(what: str) -> None:
+    click.echo(what, err=True)
 
 
 def show(content: Any, as_json: bool, text: str) -> None:

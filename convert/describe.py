@@ -6,9 +6,11 @@ from importlib.metadata import version
 from typing import Any
 
 from bitroute.backends.base import CODES
+from bitroute.convert.checkpoint import Pipeline
 from bitroute.convert.entry import Entry
 from bitroute.convert.fold import fold
 from bitroute.convert.plan import ComponentPlan, Plan
+from bitroute.errors import JobError, Problem
 
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "bitsandbytes", "optimum-quanto", "safetensors")
@@ -31,11 +33,19 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def provenance(plan: Plan) -> dict[str, Any]:
     """The content of `bitroute.json`: everything needed to make or to judge the checkpoint again."""
-    return {**_origin(plan), "files": written_files(plan), "plan": describe(plan)}
+    recipe = plan.recipe.recipe
+    evaluated = {"eval": recipe.eval.model_dump(mode="json")} if recipe and recipe.eval else {}
+    return {**_origin(plan), **evaluated, "files": written_files(plan), "plan": describe(plan)}
 
 
 def summary(plan: Plan, component: ComponentPlan) -> dict[str, Any]:
-    """What a component's `quantization_config` carries of its origin, and its layers folded into ranges."""
+    """What a component's `quantization_config` carries of its origin, and its layers folded into ranges.
+
+    Raises:
+        JobError: the plan is of an outline; its zeros must not become loadable.
+    """
+    if plan.pipeline.is_outline:
+        raise JobError(Problem("the model is not downloaded yet", plan.pipeline.name, next_step="fetch(plan) first"))
     layers: dict[str, list[str]] = {}
     for entry in component.quantized:
         layers.setdefault(label(entry), []).append(entry.layer)
@@ -67,9 +77,16 @@ def _origin(plan: Plan) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "bitroute": version("bitroute"),
         "libraries": {library: version(library) for library in LIBRARIES},
-        "source": {"model": plan.pipeline.name},
+        "source": _source(plan.pipeline),
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
     }
+
+
+def _source(pipeline: Pipeline) -> dict[str, Any]:
+    """revision: the commit of a model on the Hub."""
+    if pipeline.hub is None:
+        return {"model": pipeline.name, "revision": None}
+    return {"model": pipeline.hub.repo, "revision": pipeline.hub.commit, "variant": pipeline.hub.variant}
 
 
 def _component(plan: ComponentPlan) -> dict[str, Any]:

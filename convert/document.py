@@ -191,8 +191,9 @@ def parse(text: str, name: str) -> Value:
             return _construct(node, name, 1)
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        character = f"U+{ord(str(error.character)[:1] or ' '):04X}"
-        raise RecipeError(Problem("holds a character that YAML forbids", f"{name}:{line}", character)) from None
+        raise RecipeError(
+            Problem("holds a character that YAML forbids", f"{name}:{line}", f"U+{error.character:04X}")
+        ) from None
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_yaml_problem(error, name)) from None
     except (ValueError, OverflowError) as error:  # escapes that stand for no character

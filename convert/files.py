@@ -1,34 +1,56 @@
-"""Files that get their names only when they are whole, and that are never written through a link."""
+"""Files that get their names only when they are whole and on the disk, and that are never written through a link."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from bitroute.convert.workers import check_stop
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    write_text(file.with_name(file.name + ".part"), json.dumps(content, indent=1))
-    os.replace(file.with_name(file.name + ".part"), file)
+CHUNK_BYTES = 2**20
 
 
-def write_text(file: Path, text: str) -> None:
-    with create(file) as stream:
-        stream.write((text + "\n").encode())
-        os.fsync(stream.fileno())
+def write_json(file: Path, content: dict[str, Any], draft: Path | None = None) -> None:
+    """draft: the name until the file is whole, by default NAME.part."""
+    with whole(file, draft) as stream:
+        write_all(stream, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".part")
-    with open(source, "rb") as origin, create(partial) as stream:
-        shutil.copyfileobj(origin, stream, 1 << 20)
+    with whole(target) as stream:
+        for chunk in read_chunks(source):
+            write_all(stream, chunk)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in read_chunks(file):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_chunks(file: Path) -> Iterator[bytes]:
+    with named(file), open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            check_stop()
+            yield chunk
+
+
+@contextmanager
+def whole(file: Path, draft: Path | None = None) -> Iterator[FileIO]:
+    """A stream whose file gets its name at the end, unless there was an error."""
+    draft = draft or file.with_name(f"{file.name}.part")
+    make_folder(file.parent)
+    with named(draft), create(draft) as stream:
+        yield stream
         os.fsync(stream.fileno())
-    os.replace(partial, target)
+    publish(draft, file)
 
 
 def create(file: Path) -> FileIO:
@@ -37,6 +59,41 @@ def create(file: Path) -> FileIO:
     return FileIO(file, "xb")
 
 
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def write_all(stream: FileIO, data: bytes | memoryview) -> None:
+    """A disk that fills up takes a part and says so only to the next write."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
+def publish(draft: Path, file: Path) -> None:
+    os.replace(draft, file)
+    sync(file.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and its parents, each on the disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(folder: Path) -> None:
+    """Names are on the disk when their folder is; systems that cannot do this write them in order by themselves."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def named(file: Path) -> Iterator[None]:
+    """An OSError of a stream does not say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,71 +13,108 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitroute.convert.describe import index_names, provenance, summary
+from bitroute.convert.describe import index_names, summary
 from bitroute.convert.entry import Entry
-from bitroute.convert.files import copy, sha256, write_json, write_text
+from bitroute.convert.files import copy, make_folder, sha256, write_json
+from bitroute.convert.journal import DONE, Journal, journal_of
 from bitroute.convert.layout import total_bytes
-from bitroute.convert.output import DONE, UNFINISHED, claimed
-from bitroute.convert.plan import ComponentPlan, Plan, plan
+from bitroute.convert.output import begin, claimed
+from bitroute.convert.plan import ComponentPlan, Plan, fetch, plan
 from bitroute.convert.reading import read_blocks
-from bitroute.convert.workers import run_all
-from bitroute.convert.writer import ShardWriter
+from bitroute.convert.workers import check_stop, run_all
+from bitroute.convert.writer import ShardWriter, is_written
 from bitroute.errors import BackendError, JobError, Problem, RecipeError, SourceError
 
 Progress = Callable[[int, str], None]  # source bytes done since the last call, what was worked on; from any thread
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def quantize(
     recipe: str, model: str | None = None, out: str | Path | None = None, *,
-    device: str = "cpu", overwrite: bool = False, progress: Progress | None = None,
+    device: str = "cpu", overwrite: bool = False, resume: bool = False, allow_pickle: bool = False,
+    progress: Progress | None = None,
 ) -> Path:  # fmt: skip
     """Plans and runs a recipe; returns the checkpoint folder. Verification is `bitroute.verify`.
 
-    recipe: a file or a built-in name. model: a pipeline folder or builtin:NAME, else the recipe's own.
+    recipe: a file or a built-in name. model: a pipeline folder, a Hub id or builtin:NAME, else the recipe's own.
     out: the folder to write, by default one named after the recipe. device: where the arithmetic runs.
+    overwrite: replace an earlier output. resume: finish an interrupted one, or start where there is none.
+    allow_pickle: also read weights from *.bin, tensors alone.
 
     Raises:
         RecipeError, SourceError: refused before anything was written.
         JobError: the job could not finish; what it left carries no name that a loader looks for.
     """
-    planned = plan(recipe, model)
+    planned = fetch(plan(recipe, model, allow_pickle=allow_pickle))
     folder = Path(out).expanduser() if out is not None else Path(Path(planned.recipe.name).stem)
-    run(planned, folder, device=device, overwrite=overwrite, progress=progress)
+    run(planned, folder, device=device, overwrite=overwrite, resume=resume, progress=progress)
     return folder
 
 
 def run(
-    plan: Plan, out: Path, *, device: str = "cpu", overwrite: bool = False, progress: Progress | None = None
-) -> None:
-    """Writes the checkpoint; raises as `quantize` does."""
-    report = progress or (lambda done, what: None)
+    plan: Plan, out: Path, *,
+    device: str = "cpu", overwrite: bool = False, resume: bool = False, progress: Progress | None = None,
+) -> bool:  # fmt: skip
+    """Writes the checkpoint, False where one to resume was finished already; raises as `quantize` does."""
     check_device(device)
-    record = provenance(plan)
-    with claimed(plan, out, record["files"], overwrite):
+    journal = journal_of(plan, device)
+    with claimed(plan, out, journal, overwrite, resume):
         try:
-            write_text(out / UNFINISHED, json.dumps(record, indent=1))
-            for component in plan.components:
-                _write_component(plan, component, out / component.name, torch.device(device), report)
-            for name in plan.copied:
-                _copy(plan, name, out)
-            copy(plan.pipeline.folder / "model_index.json", out / "model_index.json")
-            hashes = _hashes(out, [name for name in record["files"] if name != DONE])
-            write_json(out / DONE, {**record, "sha256": hashes})
+            found = begin(out, journal, resume)
+            if found:
+                _write(plan, out, found, torch.device(device), progress or (lambda done, what: None))
         except OSError as error:
-            raise JobError(
-                Problem(
-                    "the job cannot write its output", str(error.filename2 or error.filename or out),
-                    got=error.strerror or str(error),
-                    next_step="mend that, then run the same command with --overwrite",
-                )
-            ) from error  # fmt: skip
+            raise JobError(_no_access(error, out)) from error
+    return found is not None
 
 
-def _copy(plan: Plan, name: str, out: Path) -> None:
-    source = plan.pipeline.folder / name
+def _write(plan: Plan, out: Path, journal: Journal, device: torch.device, report: Progress) -> None:
+    """Whole shards and copies that are there already stay as they are."""
+    done = _written_shards(plan, out)
+    if done:
+        report(sum(done.values()), "done before")
+    for component in plan.components:
+        _write_component(plan, component, out / component.name, done, device, report)
+    for name, size_bytes in plan.copied.items():
+        _copy(plan, name, size_bytes, out)
+    copy(plan.pipeline.folder / "model_index.json", out / "model_index.json")
+    journal.finish(out, _hashes(out, [name for name in journal.files if name != DONE]))
+
+
+def _no_access(error: OSError, out: Path) -> Problem:
+    full = error.errno in FULL
+    mend = "make room (or allow larger files)" if full else "mend that"
+    return Problem(
+        "there is no room for a file" if full else "the job cannot read or write a file",
+        str(error.filename2 or error.filename or out), got=error.strerror or str(error),
+        next_step=f"{mend}, then run the same command with --resume: it goes on with what is done",
+    )  # fmt: skip
+
+
+def _written_shards(plan: Plan, out: Path) -> dict[Path, int]:
+    """The shards that have their names and their planned form, and the bytes of their sources."""
+    return {
+        file: sum(entry.source.spec.size_bytes for entry in shard)
+        for component in plan.components
+        for file, shard in _shards(component, out / component.name)
+        if is_written(file, component.specs(shard), component.container.metadata(shard, component.entries))
+    }
+
+
+def _shards(component: ComponentPlan, folder: Path) -> Iterator[tuple[Path, list[Entry]]]:
+    for name, shard in zip(component.shard_names, component.shards, strict=True):
+        yield folder / name, shard
+
+
+def _copy(plan: Plan, name: str, size_bytes: int, out: Path) -> None:
+    source, target = plan.pipeline.folder / name, out / name
+    if target.is_file() and not target.is_symlink() and target.stat().st_size == size_bytes:
+        return
     if not os.access(source, os.R_OK):
         raise SourceError(Problem("cannot read a file that is to be copied", str(source)))
-    copy(source, out / name)
+    copy(source, target)
 
 
 def _hashes(out: Path, names: Sequence[str]) -> dict[str, str]:
@@ -105,12 +142,15 @@ def check_device(device: str) -> None:
 
 
 def _write_component(
-    plan: Plan, component: ComponentPlan, folder: Path, device: torch.device, report: Progress
+    plan: Plan, component: ComponentPlan, folder: Path, done: Container[Path], device: torch.device, report: Progress
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, shard in zip(component.shard_names, component.shards, strict=True):
+    make_folder(folder)
+    for file, shard in _shards(component, folder):
+        if file in done:
+            continue
+        file.unlink(missing_ok=True)  # its room is needed for the whole one
         metadata = component.container.metadata(shard, component.entries)
-        with ShardWriter(folder / name, component.specs(shard), metadata) as writer:
+        with ShardWriter(file, component.specs(shard), metadata) as writer:
             names = component.container.names
             run_all(partial(_write_entry, writer, entry, names(entry), device, report) for entry in shard)
     for name in index_names(component):
@@ -141,6 +181,7 @@ def _write_entry(
 def _blocks(entry: Entry, device: torch.device) -> Iterator[Tensor]:
     """Raises JobError at the first block of a weight to quantize that holds NaN or infinity."""
     for rows in read_blocks(entry.source, entry.backend.block_bounds(entry.source.spec.rows)):
+        check_stop()
         if entry.quantized and not _finite(rows):
             bad = int((~rows.isfinite()).sum())
             raise JobError(

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bitroute.backends.base import CODES, TensorSpec
+from bitroute.convert.document import shown
 from bitroute.errors import Problem, SourceError
 
 ALIGNMENT_BYTES = 64
 MAX_DIMENSIONS = 16
-HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_NAME_LENGTH = 500
+HEADER_LIMIT_BYTES = 16_000_000  # about 100,000 tensors; the library's 100 MB of `[],` would take 2 GB of memory
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
@@ -50,15 +52,27 @@ def read_header(file: Path) -> Header:
         size_bytes = os.path.getsize(file)
         with open(file, "rb") as stream:
             start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if len(start) < 8:
+                raise _broken(file, f"a file of {size_bytes} bytes")
+            length = struct.unpack("<Q", start)[0]
             if not 0 < length <= min(HEADER_LIMIT_BYTES, size_bytes - 8):
                 raise _broken(file, f"a header of {length} bytes in a file of {size_bytes} bytes")
-            entries = json.loads(stream.read(length))
+            entries = json.loads(stream.read(length).decode(), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise SourceError(Problem("cannot read the file", str(file), got=str(error))) from error
     except (ValueError, RecursionError) as error:  # also a number of more digits than Python converts
-        raise _broken(file, f"a header that is not JSON: {error}") from error
+        raise _broken(file, f"a header that is not plain JSON: {error}") from error
     return _parse(file, entries, 8 + length, size_bytes)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError where a name stands twice: every reader would choose for itself which one it takes."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} stands twice")
+    return content
 
 
 def check_regular(file: Path) -> None:
@@ -101,9 +115,10 @@ def _divisor(size_bytes: int) -> int:
 def _parse(file: Path, entries: Any, start: int, size_bytes: int) -> Header:
     if not isinstance(entries, dict):
         raise _broken(file, "a header that is not a mapping")
-    metadata = entries.pop("__metadata__", {}) or {}
-    if not isinstance(metadata, dict):
-        raise _broken(file, "a __metadata__ that is not a mapping")
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
+        raise _broken(file, "a __metadata__ that does not map names to text")
     tensors = {name: _entry(file, name, entry, start) for name, entry in entries.items()}
     end = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.spec.size_bytes)):
@@ -115,23 +130,30 @@ def _parse(file: Path, entries: Any, start: int, size_bytes: int) -> Header:
     return Header(tensors, metadata)
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value  # a lone surrogate is none
+
+
 def _entry(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
-    try:
-        dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise _broken(file, f"tensor {name!r} without dtype, shape and data_offsets") from error
-    if not name.isprintable():
-        raise _broken(file, f"tensor {name!r}, a name that cannot be printed")
+    if not is_tensor_name(name):
+        raise _broken(file, f"tensor {shown(name)}, a name that cannot be printed or is too long")
+    match entry:
+        case {"dtype": str(code), "shape": list(shape), "data_offsets": [begin, end]}:
+            dtype = DTYPES.get(code)
+        case _:
+            raise _broken(file, f"tensor {name!r} without dtype, shape and data_offsets")
     if dtype is None:
-        raise _broken(file, f"tensor {name!r} of dtype {entry['dtype']!r}", expected=", ".join(DTYPES))
-    numbers = (*shape, begin, end)
-    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise _broken(file, f"tensor {name!r} with shape {list(shape)} and offsets {[begin, end]}")
-    spec = TensorSpec(shape, dtype)
+        raise _broken(file, f"tensor {name!r} of dtype {shown(code)}", expected=", ".join(DTYPES))
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+        raise _broken(file, f"tensor {name!r} with shape {shown(shape)} and offsets {shown([begin, end])}")
+    spec = TensorSpec(tuple(shape), dtype)
     if end - begin != spec.size_bytes:
-        raise _broken(file, f"tensor {name!r}: {end - begin} bytes for {list(shape)} {entry['dtype']}")
+        raise _broken(file, f"tensor {name!r}: {end - begin} bytes for {shape} {code}")
     return StoredTensor(name, spec, file, start + begin)
+
+
+def is_tensor_name(name: str) -> bool:
+    return name.isprintable() and len(name) <= MAX_NAME_LENGTH
 
 
 def _broken(file: Path, got: str, expected: str = "") -> SourceError:

@@ -1,91 +1,117 @@
-"""The output folder: whose it is, and what of it may be replaced."""
+"""The output folder: whose it is, in which state it was left, and what of it may be replaced."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bitroute.convert.files import make_folder, sync
+from bitroute.convert.journal import DONE, DRAFT, UNFINISHED, Journal, read_journal
 from bitroute.convert.plan import WORKSPACE_BYTES, Plan
 from bitroute.convert.reading import read_json
 from bitroute.errors import Problem, RecipeError, SourceError
 
-DONE, UNFINISHED = "bitroute.json", "bitroute.json.part"  # the record; it gets its final name last of all
+ANEW = "give --overwrite (overwrite=True in Python) to replace it"
 
 
 @contextmanager
-def claimed(plan: Plan, out: Path, names: Sequence[str], overwrite: bool) -> Iterator[None]:
-    """The folder for one job at a time: new, empty, or an earlier output whose files `overwrite` removes.
-
-    names: the files that the job will write.
+def claimed(plan: Plan, out: Path, journal: Journal, overwrite: bool, resume: bool) -> Iterator[None]:
+    """The folder for one job at a time: new, empty, an output to replace, or an unfinished one to resume.
 
     Raises:
         RecipeError: refused, and nothing was removed or written.
     """
-    check_output(plan, out, names, overwrite)
-    place = out.resolve()  # `.` has no name
-    lock = FileLock(place.with_name(f".{place.name}.bitroute.lock"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        _clear(out, earlier_files(out))
-    except Timeout:
-        raise RecipeError(
-            Problem("another job is writing this folder", str(out), next_step="wait for it, or give another --out")
-        ) from None
-    except OSError as error:
-        lock.release()
-        where = str(error.filename or out)
-        raise RecipeError(Problem("the output folder cannot be written", where, got=error.strerror or "")) from error
-    try:
+    check_output(plan, out, journal, overwrite, resume)
+    with _locked(out):
+        check_output(plan, out, journal, overwrite, resume)  # another job may have ended in between
         yield
-    finally:
-        lock.release()
-    Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def check_output(plan: Plan, out: Path, names: Sequence[str], overwrite: bool) -> None:
+def begin(out: Path, journal: Journal, resume: bool) -> Journal | None:
+    """Makes a claimed folder ready: the journal to go by, or None where nothing is left to do.
+
+    Whatever moment this is interrupted at, the folder has a journal or a record of all that lies in it.
+    """
+    if resume and is_finished(out):
+        for name in (UNFINISHED, DRAFT):
+            (out / name).unlink(missing_ok=True)
+        return None
+    found = read_journal(out / UNFINISHED) if resume else None
+    if found is None:
+        names = {**listed_files(out), **dict.fromkeys(journal.files)} if any(out.iterdir()) else ()
+        found = replace(journal, earlier=tuple(names))
+        found.write(out)
+    if found.earlier:
+        _clear(out, found.earlier)
+        found = replace(found, earlier=())
+        found.write(out)
+    for file in existing(out, {f"{name}.part" for name in found.files} - {*found.files, UNFINISHED}):
+        file.unlink()
+    return found
+
+
+def check_output(plan: Plan, out: Path, journal: Journal, overwrite: bool, resume: bool) -> None:
     """Everything about the output folder that can be refused before the job; changes nothing.
 
     Raises:
-        RecipeError: it holds other files, is a file, is or holds the source, leads elsewhere through a link, or
-            its disk is too full.
+        RecipeError: it holds other files, is a file, is or holds the source, leads elsewhere through a link,
+            cannot be resumed, or its disk is too full.
     """
     try:
-        problem = _place_problem(plan, out, names) or _occupied(out, overwrite)
-        earlier = [] if problem else earlier_files(out)
+        place = _place_problem(plan, out, journal.files)
+        problems = [place] if place else _occupied(out, journal, overwrite, resume)
+        there_bytes = 0 if problems else sum(existing(out, listed_files(out)).values())
     except (OSError, RuntimeError, ValueError) as error:
-        problem = Problem("not a usable output folder", str(out)[:200], got=str(error)[:200])
-    if problem:
-        raise RecipeError(problem)
-    check_room(plan, out, sum(file.stat().st_size for file in earlier))
+        problems = [Problem("not a usable output folder", str(out)[:200], got=str(error)[:200])]
+    if problems:
+        raise RecipeError(problems)
+    if not (resume and is_finished(out)):
+        check_room(plan, out, there_bytes)
 
 
-def earlier_files(out: Path) -> list[Path]:
-    """The files that earlier jobs listed as their own and that are there, in the order in which to remove them.
-
-    What makes a folder loadable goes first and the records last, so that an interrupted removal can be taken up.
-    """
-    marks = [mark for mark in (out / DONE, out / UNFINISHED) if mark.is_file()]
-    listed = {file for mark in marks for file in _listed(mark)} - set(marks)
-    return [*sorted(listed, key=lambda file: (file.name != "model_index.json", file)), *marks]
+def is_finished(out: Path) -> bool:
+    """The record has its name, and no job has begun to replace it."""
+    journal = read_journal(out / UNFINISHED) if (out / DONE).is_file() else None
+    return (out / DONE).is_file() and not (journal and journal.earlier)
 
 
-def check_room(plan: Plan, out: Path, freed_bytes: int = 0) -> None:
+def listed_files(out: Path) -> dict[str, None]:
+    """The names that the folder's record and journal list, finished or not, what makes a folder loadable first."""
+    found = [name for mark in (DONE, UNFINISHED) if (out / mark).is_file() for name in _listed(out / mark)]
+    names = {*found, *(f"{name}.part" for name in found)} - {UNFINISHED}
+    return dict.fromkeys(sorted(names, key=lambda name: (name != DONE, name != "model_index.json", name)))
+
+
+def existing(out: Path, names: Iterable[str]) -> dict[Path, int]:
+    """Those that are regular files inside the folder, and their bytes."""
+    found = {}
+    for file in _inside(out, names):
+        with suppress(OSError):
+            info = file.lstat()
+            if stat.S_ISREG(info.st_mode):
+                found[file] = info.st_size
+    return found
+
+
+def check_room(plan: Plan, out: Path, there_bytes: int = 0) -> None:
     """Raises RecipeError where the disk that holds `out` has less room than the plan writes.
 
-    freed_bytes: what the job removes before it writes.
+    there_bytes: what the job finds done, or removes before it writes.
     """
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise RecipeError(Problem("the output folder cannot be written", str(out), got=f"{folder} is not writable"))
-    free = shutil.disk_usage(folder).free + freed_bytes
+    free = shutil.disk_usage(folder).free + there_bytes
     needed = plan.size_bytes + WORKSPACE_BYTES // 16
     if free < needed:
         raise RecipeError(
@@ -94,6 +120,28 @@ def check_room(plan: Plan, out: Path, freed_bytes: int = 0) -> None:
                 expected=f"{needed / 1e9:.2f} GB", next_step="free some room, or give --out on another disk",
             )
         )  # fmt: skip
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    place = out.resolve()  # `.` has no name
+    lock = FileLock(place.with_name(f".{place.name}.bitroute.lock"))
+    try:
+        make_folder(out)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(
+            Problem("another job is writing this folder", str(out), next_step="wait for it, or give another --out")
+        ) from None
+    except OSError as error:
+        where = str(error.filename or out)
+        raise RecipeError(Problem("the output folder cannot be written", where, got=error.strerror or "")) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # where an open file cannot be removed, the release does it
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def _place_problem(plan: Plan, out: Path, names: Sequence[str]) -> Problem | None:
@@ -112,40 +160,66 @@ def _place_problem(plan: Plan, out: Path, names: Sequence[str]) -> Problem | Non
     return None
 
 
-def _occupied(out: Path, overwrite: bool) -> Problem | None:
-    if not out.is_dir() or not any(out.iterdir()):
-        return None
-    ours = any((out / mark).is_file() for mark in (DONE, UNFINISHED))
-    if ours and overwrite:
-        return None
-    return Problem(
-        "the output folder is not empty", str(out), got="an earlier output of bitroute" if ours else "other files",
-        next_step="give --overwrite (overwrite=True in Python) to replace it" if ours else "give another --out",
-    )  # fmt: skip
+def _occupied(out: Path, journal: Journal, overwrite: bool, resume: bool) -> list[Problem]:
+    if overwrite and resume:
+        return [Problem("resume and overwrite exclude each other", str(out))]
+    if not out.is_dir() or not {file.name for file in out.iterdir()} - {DRAFT}:
+        return []
+    if not any((out / mark).is_file() for mark in (DONE, UNFINISHED)):
+        return [_not_empty(out, "other files", "give another --out")]
+    if resume:
+        return _not_resumable(out, journal)
+    if overwrite:
+        return []
+    if is_finished(out):
+        return [_not_empty(out, "an earlier output of bitroute", ANEW)]
+    mend = f"give --resume (resume=True in Python) to finish it, or {ANEW.removeprefix('give ')}"
+    return [_not_empty(out, "an unfinished output of bitroute", mend)]
 
 
-def _listed(mark: Path) -> Iterator[Path]:
-    """Regular files inside the folder only, finished or not."""
+def _not_empty(out: Path, got: str, next_step: str) -> Problem:
+    return Problem("the output folder is not empty", str(out), got=got, next_step=next_step)
+
+
+def _not_resumable(out: Path, journal: Journal) -> list[Problem]:
+    """Every reason why what is there is not the beginning, or the whole, of this job's output."""
+    finished = is_finished(out)
+    found = read_journal(out / (DONE if finished else UNFINISHED))
+    if found is None or not (finished or found.source):
+        got = "a record that was changed" if finished else "no journal that tells what it was made from"
+        return [Problem("this output cannot be resumed", str(out), got=got, next_step=ANEW)]
+    problems = found.changes(journal)[:20]
+    return [*problems[:-1], *(replace(last, next_step=f"undo that, or {ANEW}") for last in problems[-1:])]
+
+
+def _listed(mark: Path) -> list[str]:
     try:
-        names = read_json(mark).get("files", [])
+        content: dict[str, Any] = read_json(mark)
     except SourceError:
         if mark.name != UNFINISHED:
             raise
-        names = []  # that job ended while it wrote its first file, this one
-    inside = mark.parent.resolve()
-    for name in names if isinstance(names, list) else []:
-        for file in (mark.parent / str(name), mark.parent / f"{name}.part"):
-            try:
-                if inside in file.resolve().parents and file.is_file() and not file.is_symlink():
-                    yield file
-            except (OSError, ValueError):  # a name that no file system takes was written by no job
-                continue
+        return []  # a damaged journal: its files stay
+    resume = content.get("resume")
+    lists = [content.get("files"), resume.get("earlier") if isinstance(resume, dict) else None]
+    return [str(name) for names in lists if isinstance(names, list) for name in names]
 
 
-def _clear(out: Path, files: Sequence[Path]) -> None:
-    """The files, and the folders that this empties."""
-    for file in files:
+def _clear(out: Path, names: Sequence[str]) -> None:
+    """The files, and the folders that this empties; on the disk before it returns."""
+    for file in existing(out, names):
         file.unlink()
-    for folder in sorted({file.parent for file in files} - {out}, reverse=True):
-        if not any(folder.iterdir()):
+    folders = {folder for file in _inside(out, names) for folder in file.parents} - {out, *out.parents}
+    for folder in sorted(folders, reverse=True):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
+        sync(folder)
+    sync(out)
+
+
+def _inside(out: Path, names: Iterable[str]) -> Iterator[Path]:
+    """By their names, and by where links lead; a name that no file system takes was written by no job."""
+    place = out.resolve()
+    for name in names:
+        with suppress(OSError, RuntimeError, ValueError):
+            if ".." not in Path(name).parts and place in (out / name).resolve().parents:
+                yield out / name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -16,7 +16,7 @@ from bitroute.convert.copies import copies
 from bitroute.convert.document import sorted_problems
 from bitroute.convert.entry import Entry
 from bitroute.convert.profile import find_profile
-from bitroute.convert.recipe import ComponentRecipe, RecipeFile, read_recipe
+from bitroute.convert.recipe import ComponentRecipe, Recipe, RecipeFile, read_recipe
 from bitroute.convert.routing import Route, route
 from bitroute.convert.workers import cores
 from bitroute.errors import BackendError, Problem, RecipeError, SourceError, did_you_mean
@@ -139,19 +139,42 @@ class Plan:
         return max(WORKSPACE_BYTES + decode, load)
 
 
-def plan(recipe: str, model: str | None = None) -> Plan:
-    """The plan for a recipe (a file or a built-in name) and a model (folder, or the recipe's own).
+def plan(recipe: str, model: str | None = None, *, allow_pickle: bool = False) -> Plan:
+    """The plan for a recipe (a file or a built-in name) and a model (folder, Hub id, or the recipe's own).
+
+    Of a model on the Hub, what is not in the cache is outlined: `fetch` downloads it before a job.
+    allow_pickle: also read weights from *.bin, tensors alone.
 
     Raises:
         RecipeError, SourceError: everything that is wrong with the recipe, the model and their match, at once.
     """
     file = read_recipe(recipe)
-    problems = list(file.problems)
     if file.recipe is None:
-        raise RecipeError(problems)
-    pipeline = _open_or_report(file.recipe.model if model is None else model, file, problems)
+        raise RecipeError(file.problems)
+    return _plan_pipeline(file, _open_or_report(model, file.recipe, file, allow_pickle))
+
+
+def fetch(planned: Plan, progress: Callable[[int, str], None] | None = None) -> Plan:
+    """The same plan on files that are all here: those of a model on the Hub are downloaded, and planned again.
+
+    progress: is told the bytes that arrived since the last call; without it a bar is drawn on stderr.
+
+    Raises:
+        SourceError: what arrived is not what was announced, or the disk is too full. JobError: the download failed.
+    """
+    pipeline = planned.pipeline
+    if not pipeline.is_outline or pipeline.hub is None:
+        return planned
+    from bitroute.convert.download import download
+
+    folder = download(pipeline.hub, progress)
+    return _plan_pipeline(planned.recipe, replace(pipeline, folder=folder, is_outline=False))
+
+
+def _plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
+    problems = list(file.problems)
     components = []
-    for name, component_recipe in file.recipe.components.items():
+    for name, component_recipe in file.recipe.components.items() if file.recipe else ():
         if name not in pipeline.components:
             problems.append(_no_component(name, pipeline, file))
             continue
@@ -164,15 +187,18 @@ def plan(recipe: str, model: str | None = None) -> Plan:
     return Plan(file, pipeline, tuple(components), copied)
 
 
-def _open_or_report(model: str | None, file: RecipeFile, problems: Sequence[Problem]) -> Pipeline:
+def _open_or_report(model: str | None, recipe: Recipe, file: RecipeFile, allow_pickle: bool) -> Pipeline:
     """The pipeline; where there is none, the recipe's own problems are reported with it."""
-    if model is None:
+    chosen = recipe.model if model is None else model
+    if chosen is None:
         missing = Problem("no model", file.name, next_step="give --model DIR, or `model:` in the recipe")
-        raise RecipeError([*problems, missing])
+        raise RecipeError([*file.problems, missing])
+    own = chosen == recipe.model  # another model has other revisions
     try:
-        return open_pipeline(model)
+        revision, variant = (recipe.revision, recipe.variant) if own else (None, None)
+        return open_pipeline(chosen, revision, variant, access="outline", allow_pickle=allow_pickle)
     except SourceError as error:
-        raise RecipeError(sorted_problems([*problems, *error.problems])) from error
+        raise RecipeError(sorted_problems([*file.problems, *error.problems])) from error
 
 
 def _plan_component(

@@ -13,7 +13,8 @@ from torch import Tensor
 from bitroute.convert.layout import StoredTensor, check_regular
 from bitroute.errors import Problem, SourceError
 
-CONFIG_LIMIT_BYTES = 50_000_000
+CONFIG_LIMIT_BYTES = 16_000_000  # an index of 100,000 tensors; more than that in brackets would take gigabytes
+MAX_DEPTH = 64  # configs nest about five deep, and what copies and writes them calls itself for every level
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
@@ -63,7 +64,7 @@ def read_blocks(tensor: StoredTensor, bounds: Iterator[tuple[int, int]]) -> Iter
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises SourceError that names the file when it is missing, huge, or not a JSON mapping."""
+    """Raises SourceError that names the file when it is missing, huge, deep, or not a JSON mapping."""
     try:
         check_regular(file)
         if file.stat().st_size > CONFIG_LIMIT_BYTES:
@@ -75,4 +76,17 @@ def read_json(file: Path) -> dict[str, Any]:
         raise SourceError(Problem("cannot read the file as JSON", str(file), got=str(error))) from error
     if not isinstance(content, dict):
         raise SourceError(Problem("not a JSON mapping", str(file), got=type(content).__name__))
+    if _is_deep(content):
+        raise SourceError(
+            Problem("a JSON file of that depth is not a config", str(file), expected=f"{MAX_DEPTH} levels")
+        )
     return content
+
+
+def _is_deep(content: object) -> bool:
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        lists = [value for value in level if isinstance(value, list)]
+        dicts = [value.values() for value in level if isinstance(value, dict)]
+        level = [child for values in (*lists, *dicts) for child in values]
+    return bool(level)

@@ -133,13 +133,31 @@ class ComponentRecipe(_Strict):
 class EvalRecipe(_Strict):
     """How `--eval` compares the result with the original."""
 
-    prompts: str = Field(min_length=1, description="A prompt set (emoji-16, general-16), or a text file, one a line.")
+    prompts: str = Field(min_length=1, description="A set (emoji-16, general-16, -64, -128) or a file, one a line.")
     steps: int | None = Field(None, ge=1, description="Denoising steps; the pipeline's own number by default.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="One picture per prompt and seed.")
     call: dict[str, Any] = Field({}, description="Further arguments of the pipeline, such as `height: 1024`.")
-    gate: dict[Literal["lpips", "psnr", "ssim", "ms_ssim"], float] = Field(
-        {}, description="Limits on the means, lpips from above and the others from below: `{lpips: 0.10, psnr: 28}`."
+    inputs: dict[str, str] = Field(
+        {}, description="Pictures given to the pipeline: argument → a file, or a folder with one for each prompt."
     )
+    pipeline: str | None = Field(None, min_length=1, description="Another class of diffusers for the same models.")
+    gate: dict[Literal["lpips", "psnr", "ssim", "ms_ssim", "flip"], float] = Field(
+        {},
+        description="Limits on the means, lpips and flip from above, the others from below: `{lpips: 0.10, psnr: 28}`.",
+    )
+
+
+class PushRecipe(_Strict):
+    """Where `--push` puts the result on the Hub."""
+
+    repo: str = Field(
+        min_length=3, max_length=MAX_TEXT, description="`owner/name` of the repository; it is made if it is missing."
+    )
+    private: bool = Field(False, description="Whether a repository that is made is private.")
+    revision: str | None = Field(
+        None, min_length=1, max_length=MAX_TEXT, description="A branch, made if it is missing; `main` by default."
+    )
+    create_pr: bool = Field(False, description="Open a pull request instead of writing the default branch.")
 
 
 class Recipe(_Strict):
@@ -150,8 +168,22 @@ class Recipe(_Strict):
         None,
         min_length=1,
         max_length=MAX_TEXT,
-        description="The folder of a diffusers pipeline (seen from where the command runs), or `builtin:tiny-flux`; "
-        "`--model` overrides it. A Hub id says which model to download; it is not downloaded.",
+        description="The folder of a diffusers pipeline (seen from where the command runs), `owner/name` on the "
+        "Hugging Face Hub (a local folder of that name wins; `owner/name@revision` pins it), or `builtin:tiny-flux`; "
+        "`--model` overrides it.",
+    )
+    revision: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="A branch, a tag or a commit of that model on the Hub; the default branch if it is not given.",
+    )
+    variant: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="The weights of that model on the Hub to read, such as `fp16` for `model.fp16.safetensors`; "
+        "parts without them give their plain ones. The result has plain names.",
     )
     components: dict[str, ComponentRecipe] = Field(
         min_length=1,
@@ -159,10 +191,11 @@ class Recipe(_Strict):
         description="Component name → its recipe. Components that are not named are copied untouched.",
     )
     eval: EvalRecipe | None = Field(None, description="What `--eval` draws and measures.")
+    push: PushRecipe | None = Field(None, description="Where `--push` publishes the result.")
 
 
-# recipe keys, eval.KEY, components.NAME.KEY, components.NAME.rules.0.KEY
-_LEVELS: Levels = {1: Recipe, 2: EvalRecipe, 3: ComponentRecipe, 5: Rule}
+# recipe keys, eval.KEY, push.KEY, components.NAME.KEY, components.NAME.rules.0.KEY
+_LEVELS: Levels = {1: Recipe, 2: EvalRecipe, "push": PushRecipe, 3: ComponentRecipe, 5: Rule}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.checkpoint import STEMS, Component
 from bitroute.convert.layout import DTYPES
 from bitroute.convert.reading import read_json
+from bitroute.convert.seal import check_seal
 from bitroute.errors import Problem, SourceError
 
 
@@ -75,6 +76,8 @@ class Record:
     copied: dict[str, int]  # file → bytes
     files: list[str]  # every file but the record itself
     hashes: dict[str, str]  # file → SHA-256 in hexadecimal
+    revision: str | None = None  # the commit of a source on the Hub
+    variant: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -96,7 +99,9 @@ def read_record(folder: Path) -> Record:
         copied = {str(name): int(size_bytes) for name, size_bytes in plan["copied"].items()}
         files = [str(name) for name in content["files"] if name != "bitroute.json"]
         hashes = {str(name): str(digest) for name, digest in content["sha256"].items()}
-        return Record(str(content["source"]["model"]), components, copied, files, hashes)
+        source = {key: value for key, value in content["source"].items() if value is not None}
+        revision, variant = source.get("revision"), source.get("variant")
+        return Record(str(source["model"]), components, copied, files, hashes, revision, variant)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(
             Problem(
@@ -113,8 +118,10 @@ def _content(folder: Path) -> dict[str, Any]:
         raise SourceError(
             Problem(
                 "not a finished checkpoint of bitroute", str(folder),
-                got="an unfinished one" if unfinished else "no bitroute.json",
-                next_step="run the job again with --overwrite" if unfinished else "give the folder that a job wrote",
+                got="an unfinished one: its job was interrupted" if unfinished else "no bitroute.json",
+                next_step="run the same command with --resume to finish it, or with --overwrite to begin anew"
+                if unfinished
+                else "give the folder that a job wrote",
             )
         )  # fmt: skip
     content = read_json(file)
@@ -125,4 +132,5 @@ def _content(folder: Path) -> dict[str, Any]:
                 expected="1", next_step="pip install -U bitroute",
             )
         )  # fmt: skip
+    check_seal(file, content)
     return content

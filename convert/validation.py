@@ -1,6 +1,7 @@
 """What is wrong with a document, in words: pydantic finds the errors, this says them all at once with their lines.
 
-`levels` are the models of the schema by the length of the paths of their keys: 1 for those of the whole document.
+`levels` are the models of the schema by the length of the paths of their keys: 1 for those of the whole document;
+a section at the top that has not the schema of its length is listed by its name.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from bitroute.errors import BackendError, Problem, did_you_mean
 
 __all__ = ["Levels", "near_words", "refused", "validate"]
 
-Levels = Mapping[int, type[BaseModel]]
+Levels = Mapping[int | str, type[BaseModel]]
 
-_PLACES = {1: "at the top of the recipe", 2: "under `eval`", 3: "in a component", 5: "in a rule"}
+_PLACES = {
+    1: "at the top of the recipe", 2: "under `eval`", "push": "under `push`", 3: "in a component", 5: "in a rule",
+}  # fmt: skip
+_FIRST_KEYS = {"eval": "prompts", "push": "repo"}
 _EXPECTED = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
@@ -120,7 +124,12 @@ def _apply(cut: _Cut, document: Value, damaged: set[Value]) -> bool:
 
 def _known_keys(loc: KeyPath, levels: Levels) -> list[str]:
     """The keys of the mapping that holds `loc`."""
-    return [*levels[len(loc)].model_fields, *(["extends"] if len(loc) == 1 else [])]
+    return [*_model(loc, levels).model_fields, *(["extends"] if len(loc) == 1 else [])]
+
+
+def _model(loc: KeyPath, levels: Levels) -> type[BaseModel]:
+    """The schema of the mapping that holds `loc`."""
+    return levels[loc[0]] if len(loc) == 2 and loc[0] in levels else levels[len(loc)]
 
 
 def _suggestion(loc: KeyPath, levels: Levels) -> str:
@@ -193,6 +202,8 @@ def _mend(kind: str, loc: KeyPath, value: object) -> str:
         return "put it in quotes"
     if kind != "model_type" or not isinstance(value, str):
         return ""
+    if loc[-1] in _FIRST_KEYS:
+        return f"write `{loc[-1]}: {{{_FIRST_KEYS[str(loc[-1])]}: {shown(value)}}}`"
     if len(loc) == 2:
         return f"write `{printable(str(loc[-1]))}: {{backend: {_backend_meant(value)}}}`"
     return f"write `{{layers: {shown(value)}, backend: NAME}}`"
@@ -206,4 +217,4 @@ def _backend_meant(name: str) -> str:
 
 
 def _description(loc: KeyPath, levels: Levels) -> str:
-    return levels[len(loc)].model_fields[str(loc[-1])].description or ""
+    return _model(loc, levels).model_fields[str(loc[-1])].description or ""

@@ -27,6 +27,7 @@ class Verification:
     layers: list[LayerQuality] = field(default_factory=list)
     components: dict[str, str] = field(default_factory=dict)  # name → bits per weight, and how it was loaded
     compared: bool = False  # whether the source was there to hold the weights against
+    record_sha256: str = ""  # of bitroute.json, which holds the hashes of all other files
 
     @property
     def verified(self) -> bool:
@@ -44,12 +45,17 @@ class Verification:
 
 
 def verify(
-    folder: str | Path, model: str | None = None, *, load: bool = True, progress: Progress | None = None
+    folder: str | Path,
+    model: str | Pipeline | None = None,
+    *,
+    load: bool = True,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
 ) -> Verification:
     """Checks a checkpoint folder that bitroute wrote.
 
     model: the source to compare with, by default the one that the checkpoint names, if it is there.
-    load: whether to load each component in a fresh process.
+    load: whether to load each component in a fresh process. allow_pickle: as of the job that read such a source.
 
     Raises:
         SourceError: the folder is not a finished checkpoint of bitroute, or `model` is no pipeline.
@@ -57,7 +63,8 @@ def verify(
     found = Verification(Path(folder).expanduser())
     report = progress or (lambda done, what: None)
     record = read_record(found.folder)
-    source = _open_source(record.model, found) if model is None else open_pipeline(model)
+    found.record_sha256 = sha256(found.folder / "bitroute.json")
+    source = model if isinstance(model, Pipeline) else _open_source(record, model, found, allow_pickle)
     found.compared = source is not None
     report(0, "hashes")
     _check_hashes(record, found)
@@ -71,11 +78,17 @@ def verify(
     return found
 
 
-def _open_source(model: str, found: Verification) -> Pipeline | None:
+def _open_source(record: Record, model: str | None, found: Verification, allow_pickle: bool) -> Pipeline | None:
+    """Never from the network: a model on the Hub is looked for in the cache, at the commit that was converted."""
+    chosen = model or record.model
+    revision, variant = (record.revision, record.variant) if chosen == record.model else (None, None)
     try:
-        return open_pipeline(model)
+        return open_pipeline(chosen, revision, variant, access="cache", allow_pickle=allow_pickle)
     except SourceError:
-        found.notes.append(f"source {model} is not here: weights were decoded but not compared (give --model)")
+        if model is not None:
+            raise
+        name = f"{chosen}@{revision}" if revision else chosen
+        found.notes.append(f"source {name} is not here: weights were decoded but not compared (give --model)")
         return None
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bitroute.backends.base import TensorSpec
-from bitroute.convert.files import create
-from bitroute.convert.layout import build_header
+from bitroute.convert.files import create, named, publish, write_all
+from bitroute.convert.layout import build_header, total_bytes
 from bitroute.errors import JobError, Problem
 
 
@@ -58,9 +58,10 @@ class ShardWriter:
         if missing:
             self.abandon()
             raise JobError(Problem(f"tensors were never written: {', '.join(missing[:5])}", str(self.file)))
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self.partial, self.file)
+        with named(self.partial):
+            os.fsync(self._file.fileno())
+            self._file.close()
+        publish(self.partial, self.file)
 
     def abandon(self) -> None:
         self._file.close()
@@ -77,7 +78,16 @@ class ShardWriter:
             self.abandon()
 
     def _write(self, data: memoryview, offset: int) -> None:
-        with self._turn:
+        with self._turn, named(self.partial):
             self._file.seek(offset)
-            while data:
-                data = data[self._file.write(data) :]
+            write_all(self._file, data)
+
+
+def is_written(file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bool:
+    """Whether a writer of the same specs finished this file: the planned header byte for byte, and the exact size."""
+    header, _ = build_header(specs, metadata)
+    size_bytes = len(header) + total_bytes(specs.values())
+    if file.is_symlink() or not file.is_file() or file.stat().st_size != size_bytes:
+        return False
+    with open(file, "rb") as stream:
+        return stream.read(len(header)) == header

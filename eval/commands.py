@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,9 +12,10 @@ from bitroute.convert.commands import CONTEXT, JSON, show
 from bitroute.errors import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from bitroute.convert.plan import Plan
+    from bitroute.convert.recipe import EvalRecipe
     from bitroute.eval.evaluate import Evaluation
     from bitroute.eval.gate import Limit
     from bitroute.eval.sampling import Sampling
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 @click.command("eval", context_settings=CONTEXT)
 @click.argument("original")
 @click.argument("quantized", nargs=-1, required=True)
-@click.option("--prompts", default="emoji-16", show_default=True, help="A prompt set, or a text file, one a line.")
+@click.option("--prompts", help="A prompt set, or a text file, one a line  [default: the recipe's, else general-16]")
 @click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
-@click.option("--seeds", default="0", show_default=True, help="One picture of each prompt per seed: 0,1,2.")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps  [default: the pipeline's]")
-@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the pipeline's]")
+@click.option("--seeds", help="One picture of each prompt per seed: 0,1,2  [default: the recipe's, else 0]")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps  [default: the recipe's, else the pipeline's]")
+@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the recipe's, else the pipeline's]")
 @click.option("--call", multiple=True, metavar="NAME=VALUE", help="Any other argument of the pipeline.")
 @click.option(
     "--input",
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 @JSON
 @click.pass_context
 def evaluate_folders(
-    ctx: click.Context, original: str, quantized: tuple[str, ...], prompts: str, out: Path, seeds: str,
+    ctx: click.Context, original: str, quantized: tuple[str, ...], prompts: str | None, out: Path, seeds: str | None,
     steps: int | None, size: str | None, call: tuple[str, ...], inputs: tuple[str, ...], pipeline: str | None,
     scores: tuple[str, ...], gate: str | None, device: str, threads: int, pictures_only: bool, own_text: bool,
     as_json: bool,
@@ -61,19 +62,19 @@ def evaluate_folders(
 
     Draws the same prompts and seeds with every pipeline, measures LPIPS, PSNR, SSIM, MS-SSIM and FLIP beside the noise
     floor, feeds the original's inputs to every denoiser (error per step and per layer), and writes report.html,
-    report.json, and report.md and report.png for a model card. Exit codes: 0 good, 1 rejected, 3 the gate failed.
+    report.json, and report.md and report.png for a model card. What is not said here is taken from the `eval` of the
+    recipe that the first QUANTIZED was made with. Exit codes: 0 good, 1 rejected, 3 the gate failed.
     """
     from bitroute.eval.evaluate import evaluate
     from bitroute.eval.gate import parse_gate
-    from bitroute.eval.inputs import parse_inputs
-    from bitroute.eval.sampling import Sampling, call_arguments, parse_seeds, read_prompts
+    from bitroute.eval.sampling import call_arguments, parse_seeds
     from bitroute.eval.standalone import parse_scores
 
     limits = parse_gate(gate)
-    arguments = call_arguments(call, steps, size)
-    chosen = read_prompts(prompts)
-    given = parse_inputs(inputs, len(chosen))
-    sampling = Sampling(chosen, parse_seeds(seeds), arguments, device, threads, pipeline=pipeline, inputs=given)
+    sampling = _sampling(
+        _recorded(quantized[0]), device, threads, prompts=prompts, inputs=inputs, pipeline=pipeline,
+        seeds=None if seeds is None else parse_seeds(seeds), call=call_arguments(call, steps, size),
+    )  # fmt: skip
     plug_ins = parse_scores(scores)
     compare = partial(evaluate, share_text=not own_text, denoiser=not pictures_only, scores=plug_ins)
     ctx.exit(_evaluate(original, quantized, sampling, limits, out, compare, as_json))
@@ -104,20 +105,46 @@ def sampling_of(planned: Plan, device: str) -> Sampling:
     """What the recipe's `eval` draws; refused before the job if it cannot be."""
     from bitroute.errors import RecipeError
     from bitroute.eval.calling import check_call
-    from bitroute.eval.inputs import parse_inputs
-    from bitroute.eval.sampling import Sampling, read_prompts
 
     recipe = planned.recipe.recipe
     if recipe is None or recipe.eval is None:
         mend = "add `eval: {prompts: general-16}` to the recipe, or run `quantize eval` afterwards"
         raise RecipeError(Problem("the recipe does not say how to evaluate", planned.recipe.name, next_step=mend))
-    chosen = recipe.eval
-    call = {**chosen.call, **({"num_inference_steps": chosen.steps} if chosen.steps else {})}
-    prompts = read_prompts(chosen.prompts)
-    inputs = parse_inputs([f"{name}={file}" for name, file in chosen.inputs.items()], len(prompts))
-    sampling = Sampling(prompts, tuple(chosen.seeds), call, device, pipeline=chosen.pipeline, inputs=inputs)
+    sampling = _sampling(recipe.eval, device)
     check_call(planned.pipeline.folder, sampling)
     return sampling
+
+
+def _recorded(quantized: str) -> EvalRecipe:
+    """The `eval` of the recipe that a checkpoint was made with."""
+    from pydantic import ValidationError
+
+    from bitroute.convert.checkpoint import open_pipeline
+    from bitroute.convert.recipe import EvalRecipe
+    from bitroute.eval.evaluate import provenance_of
+
+    record = provenance_of(open_pipeline(quantized).folder) or {}
+    try:
+        return EvalRecipe.model_validate(record.get("eval"))
+    except ValidationError:  # none, that of another version, or a damaged record, which is a tripwire
+        return EvalRecipe.model_validate({"prompts": "general-16"})
+
+
+def _sampling(
+    recipe: EvalRecipe, device: str, threads: int = 1, *, prompts: str | None = None, pipeline: str | None = None,
+    seeds: Sequence[int] | None = None, call: Mapping[str, Any] | None = None, inputs: Sequence[str] = (),
+) -> Sampling:  # fmt: skip
+    """What the recipe says, and what was said instead."""
+    from bitroute.eval.inputs import parse_inputs
+    from bitroute.eval.sampling import Sampling, read_prompts
+
+    texts = read_prompts(prompts or recipe.prompts)
+    pictures = parse_inputs(inputs or [f"{name}={file}" for name, file in recipe.inputs.items()], len(texts))
+    arguments = {**({"num_inference_steps": recipe.steps} if recipe.steps else {}), **recipe.call, **(call or {})}
+    return Sampling(
+        texts, tuple(seeds or recipe.seeds), arguments, device, threads, pipeline=pipeline or recipe.pipeline,
+        inputs=pictures,
+    )  # fmt: skip
 
 
 def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:

@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub import Hub
+
+# no test asks the network or looks into the user's own cache, unless it has a hub of its own
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path(__file__).with_name("no-hf-home"))}
+for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH", "HF_ENDPOINT", "HUGGINGFACE_HUB_CACHE"):
+    os.environ.pop(name, None)
 
 TINY_FLUX = Path(str(files("bitroute.recipes"))) / "tiny-flux"
 Convert = Callable[[str], Path]
@@ -83,6 +89,30 @@ def command(tmp_path: Path) -> Command:
         )
 
     return command
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub of one's own, which the client of this process and of its children talks to; nobody is logged in.
+
+    Xet is switched off: the client then sends and fetches files over plain HTTP.
+    """
+    from huggingface_hub import constants
+
+    home = tmp_path / "hf-home"
+    with Hub(tmp_path / "hub") as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        values: dict[str, object] = {  # what the client read from the environment when it was imported
+            "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_ASSETS_CACHE": str(home / "assets"),
+            "HF_TOKEN_PATH": str(home / "token"), "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+            "AGENT_HARNESSES_PATH": str(home / "harnesses.json"), "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False,
+        }  # fmt: skip
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub
 
 
 @pytest.fixture(scope="session")

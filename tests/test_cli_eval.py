@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,34 @@ def test_a_failed_gate_ends_with_3_and_the_table_and_the_reason_are_on_stdout(
 
 
 @pytest.mark.usefixtures("first")
+def test_candidates_of_two_reports_are_compared(run: Eval, place: Path, convert: Convert) -> None:
+    run("builtin:tiny-flux", convert("tiny-flux-nf4"), "--out", place / "second")
+    arguments = ["compare", str(place / "first"), str(place / "second"), "--out", str(place / "both")]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 0, found.output
+    content = json.loads((place / "both" / "compare.json").read_text())
+    assert len(content["by_quality"]) == 2 and len(content["pairs"]) == 2
+    assert "(p = 0.5, 2 prompts)" in found.stdout  # two prompts cannot settle anything
+    assert "is better than" not in found.stdout
+    for folder, stem in (("first", "report"), ("second", "report"), ("both", "compare")):
+        assert (place / folder / f"{stem}.md").read_text().startswith("|  | size |")
+        assert (place / folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<html" in (place / folder / f"{stem}.html").read_text()
+
+
+@pytest.mark.usefixtures("first")
+def test_reports_of_other_settings_are_not_compared(place: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(place / "first", tmp_path / "other"))
+    content = json.loads((other / "report.json").read_text())
+    content["sampling"]["call"]["num_inference_steps"] = 8
+    (other / "report.json").write_text(json.dumps(content))
+    found = CliRunner().invoke(main, ["compare", str(place / "first"), str(other), "--out", str(tmp_path / "out")])
+    assert found.exit_code == 2, found.output
+    assert "num_inference_steps" in found.stderr and found.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("first")
 def test_a_broken_candidate_ends_with_1_whatever_the_others_do(
     run: Eval, place: Path, tiny: Path, convert: Convert, fill_cache: Callable[..., None]
 ) -> None:
@@ -119,6 +148,10 @@ def test_a_broken_candidate_ends_with_1_whatever_the_others_do(
         (("--call", "guidance_scale=NaN"), "not a finite number"),
         (("--prompts", "emoji16"), "did you mean 'emoji-16'"),
         (("--steps", "0"), "--steps"),
+        (("--call", "hight=64"), "did you mean 'height'"),
+        (("--pipeline", "FluxImgImgPipeline"), "did you mean 'FluxImg2ImgPipeline'"),
+        (("--input", "image=nothing.png"), "no such picture"),
+        (("--score", "clp=folder"), "did you mean 'clip'"),
     ],
 )
 def test_what_is_wrong_with_the_words_ends_with_2_before_anything_is_drawn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,12 +93,33 @@ def test_a_missing_shard_is_named_with_the_index(source: Path) -> None:
     assert "'diffusion_pytorch_model-00002-of-00002.safetensors' is missing" in words
 
 
-@pytest.mark.parametrize("name", ["../text_encoder/model.safetensors", "/etc/passwd", "sub/x.safetensors"])
+OUTSIDE = ["../text_encoder/model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "."]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_an_index_that_leaves_its_folder_is_refused(source: Path, name: str) -> None:
     index = shard(source)
     weight_map = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map={**weight_map, next(iter(weight_map)): name})
     assert f"names a file outside its folder\n    got:      {name}" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("n" * 5000, "n" * 80 + "\n"), ("a\x1b[31m", r"a\x1b[31m"), ("\0", r"\x00")]
+)
+def test_a_name_that_no_file_has_is_refused_and_not_painted(source: Path, name: str, words: str) -> None:
+    index = shard(source)
+    edit_json(index, weight_map={"x": name})
+    assert f"{index}: the index names a file outside its folder\n    got:      {words}" in refusal(source)
+    edit_json(source / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
+    assert f"names a part outside the pipeline folder\n    got:      {words}" in refusal(source)
+
+
+def test_an_index_of_safetensors_leads_to_no_pickle(source: Path) -> None:
+    index = shard(source)
+    (index.parent / "x.bin").write_bytes(b"x")
+    edit_json(index, weight_map={"x": "x.bin"})
+    assert "the index names a file of another kind\n    got:      x.bin\n    expected: *.safetensors" in refusal(source)
 
 
 @pytest.mark.parametrize("content", ["{]", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "\x00", "[" * 9999])
@@ -121,6 +143,68 @@ def test_pickled_weights_are_refused_with_the_reason(source: Path) -> None:
     assert "has no weights in safetensors" in words
     assert "diffusion_pytorch_model.bin" in words
     assert "can run code" in words
+
+
+def test_files_are_read_through_links_as_the_cache_of_the_hub_has_them(
+    source: Path, convert: Callable[[str], Path]
+) -> None:
+    shard(source)
+    blobs = source.parent / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(path for path in source.rglob("*") if path.is_file())):
+        file.rename(blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+    out = quantize("tiny-flux-fp8", str(source), source.parent / "out")
+    expected = convert("tiny-flux-fp8")
+    for name in json.loads((expected / "bitroute.json").read_text())["sha256"]:
+        assert (out / name).read_bytes() == (expected / name).read_bytes() or name.endswith("config.json")
+        assert not (out / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", [f"transformer/{WEIGHTS['transformer']}", "transformer/config.json"])
+def test_what_is_no_file_is_named_and_not_waited_for(source: Path, name: str) -> None:
+    for make in (os.mkfifo, os.mkdir, lambda file: file.symlink_to("nowhere"), lambda file: file.symlink_to(file)):
+        shutil.rmtree(source / name) if (source / name).is_dir() else (source / name).unlink()
+        make(source / name)
+        assert f"{source / name}: " in refusal(source)
+
+
+def test_a_missing_config_is_named(source: Path) -> None:
+    (source / "transformer" / "config.json").unlink()
+    assert f"{source / 'transformer' / 'config.json'}: the file is missing" in refusal(source)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"a": ' + "[" * 70 + "]" * 70 + "}", "of that depth is not a config"),
+        ('{"a": [' + "[]," * 5_400_000 + "[]]}", "of that size is not a config"),
+    ],
+    ids=["deep", "large"],
+)
+def test_a_config_deeper_or_larger_than_any_is_refused(source: Path, name: str, content: str, words: str) -> None:
+    (source / name).write_text(content)
+    assert f"{source / name}: a JSON file {words}" in refusal(source)
+
+
+def test_no_module_that_a_model_brings_is_imported(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where it could be: in the working folder, on the path, beside the weights, and named by every config."""
+    canary = source.parent / "ran"
+    code = f"open({str(canary)!r}, 'w')\nclass Evil: pass\nFluxTransformer2DModel = T5EncoderModel = Evil\n"
+    for name in ("evil.py", "transformer/evil.py", "transformer/transformer.py", "text_encoder_2/evil.py"):
+        (source / name).write_text(code)
+    monkeypatch.chdir(source)
+    monkeypatch.syspath_prepend(source)
+    custom = {"auto_map": {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}, "trust_remote_code": True}
+    edit_json(source / "transformer" / "config.json", **custom, _class_name=["evil", "Evil"])
+    edit_json(source / "text_encoder_2" / "config.json", **custom, architectures=["evil.Evil"])
+    out = quantize("tiny-flux-fp8", str(source), source.parent / "out")
+    assert verify(out, load=False).problems == []
+    for library, name in (("evil", "Evil"), ("diffusers", "evil.Evil"), ("transformers", "evil")):
+        edit_json(source / "model_index.json", transformer=[library, name])
+        assert "transformer" in refusal(source)
+    assert not canary.exists()
 
 
 def test_a_variant_under_another_name_is_listed(source: Path) -> None:

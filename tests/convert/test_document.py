@@ -82,6 +82,13 @@ def test_file_names_and_values_cannot_paint_the_terminal(tmp_path: Path) -> None
     assert problems and all("\x1b" not in str(problem) for problem in problems)
 
 
+@pytest.mark.parametrize(("character", "code"), [("\0", "U+0000"), ("\x1b", "U+001B"), ("\ufffe", "U+FFFE")])
+def test_a_forbidden_character_is_named_with_its_line(character: str, code: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(f"a: 1\nb: x{character}\n", "r.yaml")
+    assert str(caught.value) == f"r.yaml:2: holds a character that YAML forbids\n    got:      {code}"
+
+
 @pytest.mark.parametrize("value", ["x" * 900_000, "\u202e" * 900_000, ["y" * 50] * 1000, {"k": "z" * 10_000}])
 def test_a_shown_value_is_never_long(value: object) -> None:
     assert len(shown(value)) <= 80

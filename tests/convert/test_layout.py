@@ -95,6 +95,9 @@ def test_a_header_reads_back_with_offsets_and_metadata(tmp_path: Path) -> None:
         changed("layer.bias", dtype="F7"),
         changed("layer.bias", dtype=["F32"]),
         changed("layer.bias", dtype=None),
+        changed("layer.bias", shape=""),
+        json.dumps(SOUND).encode()[:-1] + b', "layer.bias": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}',
+        changed("layer.bias").replace(b'"dtype"', b'"dtype": "F64", "dtype"'),
         json.dumps({**SOUND, "layer.bias": []}).encode(),
         json.dumps({**SOUND, "layer.bias": None}).encode(),
         changed("layer.bias").replace(b"[4]", b"[%s]" % (b"9" * 5000)),  # more digits than Python converts
@@ -106,7 +109,7 @@ def test_a_broken_entry_is_refused_with_its_file_and_its_tensor(tmp_path: Path, 
     with pytest.raises(SourceError) as refused:
         read_header(file)
     assert str(file) in str(refused.value)
-    assert "layer.bias" in str(refused.value) or "not JSON" in str(refused.value)
+    assert "layer.bias" in str(refused.value) or "not plain JSON" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,10 @@ def test_a_broken_entry_is_refused_with_its_file_and_its_tensor(tmp_path: Path, 
         struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc",
         struct.pack("<Q", 20) + b'{"__metadata__": [1]}'[:20],
         struct.pack("<Q", 21) + b'{"__metadata__": [1]}',
+        struct.pack("<Q", 20) + b'{"__metadata__": []}',
+        struct.pack("<Q", 26) + b'{"__metadata__": {"a": 1}}',
+        struct.pack("<Q", 34) + b'{"__metadata__": {"a": "\\ud800"}}  ',
+        struct.pack("<Q", 8) + "{}  ".encode("utf-16-le"),
         struct.pack("<Q", 100_000) + b"[" * 100_000,  # nests deeper than any parser follows
         b"PK\x03\x04" + b"\x00" * 100,  # a pickle's zip archive
     ],
@@ -134,6 +141,24 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) 
     file.write_bytes(content)
     with pytest.raises(SourceError, match=r"model\.safetensors"):
         read_header(file)
+
+
+def test_no_problem_repeats_a_long_value(tmp_path: Path) -> None:
+    names = json.dumps({"n" * 10_000: SOUND["layer.bias"]}).encode()
+    for broken in (names, changed("layer.bias", dtype="x" * 10_000), changed("layer.bias", shape=[1] * 10_000)):
+        with pytest.raises(SourceError) as refused:
+            read_header(written(tmp_path, broken))
+        assert max(len(line) for line in str(refused.value).splitlines()) < 300
+
+
+def test_a_header_larger_than_any_model_needs_is_refused_unread(tmp_path: Path) -> None:
+    file = written(tmp_path, b"[" + b"[]," * 6_000_000 + b"[]]", payload=0)
+    tracemalloc.start()
+    with pytest.raises(SourceError, match="a header of 18000004 bytes"):
+        read_header(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 @pytest.mark.parametrize("payload", [0, 79, 81, 4096])

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bitroute import quantize, verify
 from bitroute.backends import available
+from bitroute.convert.files import write_json
+from bitroute.convert.seal import sealed
 from bitroute.convert.verify import Verification
 from bitroute.errors import BackendError, SourceError
 
@@ -47,7 +49,7 @@ def fill(tensor: Tensor, value: float) -> None:
 
 def edit(out: Path, **changes: Any) -> None:
     content = json.loads((out / "bitroute.json").read_text())
-    (out / "bitroute.json").write_text(json.dumps({**content, **changes}))
+    write_json(out / "bitroute.json", sealed({**content, **changes}))
 
 
 def misread(found: Verification) -> list[str]:
@@ -216,8 +218,8 @@ def test_an_edited_record_is_refused_by_name(output: Path, changes: dict[str, An
 
 
 def test_a_backend_that_is_not_installed_here_is_named(output: Path) -> None:
-    text = (output / "bitroute.json").read_text()
-    (output / "bitroute.json").write_text(text.replace('"backend": "float8"', '"backend": "float9"'))
+    text = (output / "bitroute.json").read_text().replace('"backend": "float8"', '"backend": "float9"')
+    write_json(output / "bitroute.json", sealed(json.loads(text)))
     with pytest.raises(BackendError, match="unknown backend 'float9'"):
         verify(output, load=False)
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitroute import quantize
+from bitroute.convert.files import write_json
+from bitroute.convert.seal import sealed
 from bitroute.errors import JobError
 from bitroute.eval.weights import weigh
 
@@ -146,8 +148,8 @@ def remove_the_component(checkpoint: Path) -> None:
 
 
 def rename_a_backend(checkpoint: Path) -> None:
-    text = (checkpoint / "bitroute.json").read_text()
-    (checkpoint / "bitroute.json").write_text(text.replace('"backend": "int8"', '"backend": "int9"'))
+    text = (checkpoint / "bitroute.json").read_text().replace('"backend": "int8"', '"backend": "int9"')
+    write_json(checkpoint / "bitroute.json", sealed(json.loads(text)))
 
 
 def drop_a_scale(checkpoint: Path) -> None:
