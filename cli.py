@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitroute.convert import commands as around_a_job
-from bitroute.convert.commands import CONTEXT, JSON, run_verification, show
+from bitroute.convert.commands import CONTEXT, JSON, run_verification
 from bitroute.convert.noise import quiet
 from bitroute.errors import BitrouteError, Problem
 from bitroute.eval import commands as evaluation
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from bitroute.convert.plan import Plan
+    from bitroute.convert.upload import Target
     from bitroute.convert.verify import Verification
+    from bitroute.eval.sampling import Sampling
 
 
 class _Terminated(KeyboardInterrupt):
@@ -125,14 +127,19 @@ def _print_problems(error: BitrouteError) -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu, cuda, mps.")
 @click.option("--no-verify", is_flag=True, help="Do not verify the result.")
 @click.option("--eval", "evaluated", is_flag=True, help="Compare with the original as the recipe's `eval` says.")
+@click.option(
+    "--push", "pushed", is_flag=False, flag_value="", metavar="[OWNER/NAME]",
+    help="Then evaluate and publish on the Hub, where this or the recipe's `push` says.",
+)  # fmt: skip
+@click.option("--accept-license", is_flag=True, help="Publish although the base model is gated: its licence lets you.")
 @JSON
 @click.option("-v", "--verbose", count=True, help="-v: the libraries' own messages; -vv: tracebacks too.")
 @click.version_option(package_name="bitroute")
 @click.pass_context
 def main(
     ctx: click.Context, recipe: str | None, model: str | None, out: Path | None, dry_run: bool,
-    overwrite: bool, resume: bool, allow_pickle: bool, device: str, no_verify: bool, evaluated: bool, as_json: bool,
-    verbose: int,
+    overwrite: bool, resume: bool, allow_pickle: bool, device: str, no_verify: bool, evaluated: bool,
+    pushed: str | None, accept_license: bool, as_json: bool, verbose: int,
 ) -> None:  # fmt: skip
     """Quantize a diffusers pipeline: a recipe in, a checkpoint that diffusers loads out.
 
@@ -140,7 +147,7 @@ def main(
     quantize --recipe tiny-flux-fp8                                the bundled model, to try it
     quantize --recipe flux-fp8 --model ./FLUX.1-dev --dry-run      the plan alone
     quantize --recipe flux-fp8 --model ./FLUX.1-dev --out ./flux-fp8
-    quantize --recipe flux-fp8 --model black-forest-labs/FLUX.1-dev
+    quantize --recipe flux-fp8 --model black-forest-labs/FLUX.1-dev --push me/FLUX.1-dev-fp8
 
     Exit codes: 0 done, 1 failed, 2 usage or recipe refused, 3 the quality gate failed, 130 interrupted.
     """
@@ -157,7 +164,9 @@ def main(
 
     check_device(device)
     planned = plan(recipe, model, allow_pickle=allow_pickle)
-    sampling = evaluation.sampling_of(planned, device) if evaluated else None
+    target = None if pushed is None else around_a_job.push_target(planned, pushed, accept_license)
+    wanted = evaluated or (target and planned.recipe.recipe and planned.recipe.recipe.eval)
+    sampling = evaluation.sampling_of(planned, device) if wanted else None
     folder = out.expanduser() if out else Path(Path(recipe).stem)
     if out or not dry_run:
         check_output(planned, folder, journal_of(planned, device), overwrite, resume)
@@ -169,10 +178,27 @@ def main(
     _run(planned, folder, device, overwrite, resume, as_json)
     ctx.meta["written"] = True
     found = None if no_verify else run_verification(folder, planned.pipeline, load=True)
-    _print_result(planned, folder, found, as_json)
-    if (found and found.problems) or sampling is None:
-        ctx.exit(1 if found and found.problems else 0)
-    ctx.exit(evaluation.evaluate_result(planned, folder, sampling))
+    ctx.exit(_conclude(planned, folder, found, sampling, target, as_json))
+
+
+def _conclude(
+    planned: Plan, folder: Path, found: Verification | None, sampling: Sampling | None, target: Target | None,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """Prints what was written, evaluates and publishes it as far as all goes well; the exit code."""
+    content, text = _result(planned, folder, found)
+    code = 1 if found and found.problems else 0
+    say = (lambda what: None) if as_json else click.echo
+    say(text)
+    if sampling and not code:
+        content["evaluation"], words, code = evaluation.evaluate_result(planned, folder, sampling)
+        say(words)
+    if target and not code:
+        content["url"] = around_a_job.publish(folder, target, found, as_json)
+        say(content["url"])
+    if as_json:
+        click.echo(json.dumps(content, indent=1, default=str))
+    return code
 
 
 def _run(planned: Plan, out: Path, device: str, overwrite: bool, resume: bool, as_json: bool) -> None:
@@ -197,13 +223,13 @@ def _print_plan(planned: Plan, as_json: bool) -> None:
         _print_table(planned)
 
 
-def _print_result(planned: Plan, out: Path, found: Verification | None, as_json: bool) -> None:
+def _result(planned: Plan, out: Path, found: Verification | None) -> tuple[dict[str, Any], str]:
+    """For machines, and for people."""
     from bitroute.convert.table import result_text, verification_json, verification_text
 
     verification = verification_json(found) if found else None
     content = {"out": str(out), "size_bytes": planned.size_bytes, "verification": verification}
-    text = "\n".join([*([verification_text(found)] if found else []), result_text(planned, out)])
-    show(content, as_json, text)
+    return content, "\n".join([*([verification_text(found)] if found else []), result_text(planned, out)])
 
 
 def _print_table(planned: Plan) -> None:
@@ -234,7 +260,7 @@ def _is_begun(out: Path) -> bool:
 
 COMMANDS = (
     around_a_job.recipes, around_a_job.list_backends, around_a_job.inspect_path, around_a_job.verify_folder,
-    around_a_job.show_doctor, evaluation.evaluate_folders, evaluation.compare_folders,
+    around_a_job.push_folder, around_a_job.show_doctor, evaluation.evaluate_folders, evaluation.compare_folders,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -27,9 +27,10 @@ class Problem:
     next_step: str = ""
 
     def __str__(self) -> str:
+        """What is not printable is escaped; the lines of a detail stand below each other."""
         head = f"{self.where}: {self.what}" if self.where else self.what
         details = [("got", self.got), ("expected", self.expected), ("next", self.next_step)]
-        return "\n".join([head, *(f"    {name + ':':<10}{text}" for name, text in details if text)])
+        return "\n".join([printable(head), *(_detail(name, text) for name, text in details if text)])
 
 
 class BitrouteError(Exception):
@@ -58,6 +59,15 @@ class BackendError(BitrouteError):
 
 class JobError(BitrouteError):
     exit_code = 1
+
+
+def _detail(name: str, text: str) -> str:
+    return f"    {name + ':':<10}" + f"\n{'':<14}".join(map(printable, text.splitlines()))
+
+
+def printable(text: str) -> str:
+    """One line, without the characters that would act on the terminal: those are escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

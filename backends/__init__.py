@@ -6,6 +6,7 @@ group `bitroute.backends`. Only the requested module is imported, so a missing l
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
@@ -86,5 +87,6 @@ def _own(name: str) -> type[Backend]:
     return REGISTRY[name]
 
 
+@cache
 def _plugins() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="bitroute.backends")}

@@ -1,7 +1,7 @@
 """From a recipe to a checkpoint, in the order in which the data goes:
 
 document → validation → recipe      YAML with lines, the schema, all problems at once
-layout → reading → checkpoint       safetensors headers (pickles: of *.bin), bytes by blocks of rows, parts of a pipeline
+layout → reading → checkpoint       safetensors headers (pickles: of *.bin), blocks of rows, parts of a pipeline
 hub, selection → download           a repository at one commit, the files of its pipeline, an outline for the plan
 architecture, profile               the layers of a class on the meta device, what is known of it
 pattern → routing                   which backend every layer gets
@@ -10,6 +10,8 @@ fold → describe → table             the plan for configs, machines and peopl
 files → journal → output            whole files only, what must not change until the end, the folder
 writer → job                        one shard, the run (workers: a thread per core)
 seal, record → fidelity → verify    what the job wrote, held against its source, loaded (reload, loading)
+markdown, snippet, origin, quality   what a model card is made of
+card → upload → push                the card, one commit, what is refused before it
 inspection, doctor                  any file or folder; this machine
 progress, noise                     bars on stderr; the libraries' remarks kept off it
 commands                            the small commands around a job

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from bitroute.convert.checkpoint import Component
+from bitroute.convert.document import shown
 from bitroute.convert.layout import StoredTensor
 from bitroute.errors import Problem, SourceError
 
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # may name a kernel to fetch from the Hub and run
+CHOICES = {"quantization_config", *(f"{start}{name}" for name in IMPLEMENTATIONS for start in ("", "_"))}
 BUFFERS_OF_OLD = (".position_ids", ".inv_freq")
 MODULES_PER_TENSOR = 50  # a class has far fewer; a config that asks for more is not that of these weights
 
@@ -96,9 +99,9 @@ def build_model(component: Component) -> nn.Module:
     try:
         with torch.device("meta"), _at_most(MODULES_PER_TENSOR * (len(component.tensors) + 100)):
             if component.library == "diffusers":
-                model: nn.Module = model_class.from_config(_without_quantization(component.config))
+                model: nn.Module = model_class.from_config(_without_choices(component.config))
             else:
-                model = model_class(model_class.config_class.from_dict(_without_quantization(component.config)))
+                model = model_class(model_class.config_class.from_dict(_without_choices(component.config)))
     except Exception as error:  # the classes raise whatever they like on a config that is not theirs
         raise SourceError(
             Problem(
@@ -136,7 +139,7 @@ def _find_class(component: Component) -> Any:
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise SourceError(
             Problem(
-                f"{component.library} {library.__version__} has no model class {component.class_name!r}",
+                f"{component.library} {library.__version__} has no model class {shown(component.class_name)}",
                 str(component.folder.parent / "model_index.json"),
                 next_step=f"pip install -U {component.library}, or leave {component.name!r} out of the recipe",
             )
@@ -167,16 +170,22 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, str]]:
             yield name, kind
 
 
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+def _without_choices(value: Any) -> Any:
+    """A config, and those inside it, without what names no layer and would be loaded or checked all the same."""
+    if isinstance(value, list):
+        return [_without_choices(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_choices(item) for key, item in value.items() if key not in CHOICES}
+    return value
 
 
 def _refuse_quantized(component: Component) -> None:
     config = component.config.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, dict) else config
     stored = {tensor.spec.dtype for tensor in component.tensors.values()} - {torch.bool}
     dtypes = {str(dtype).removeprefix("torch.") for dtype in stored if dtype.itemsize == 1}
     if config or dtypes:
-        got = f"quant_method {config.get('quant_method')!r}" if config else f"{', '.join(sorted(dtypes))} tensors"
+        got = f"quant_method {shown(method)}" if config else f"{', '.join(sorted(dtypes))} tensors"
         raise SourceError(
             Problem(
                 f"component {component.name!r} is already quantized", str(component.folder), got=got,

@@ -10,6 +10,8 @@ import click
 
 if TYPE_CHECKING:
     from bitroute.convert.checkpoint import Pipeline
+    from bitroute.convert.plan import Plan
+    from bitroute.convert.upload import Target
     from bitroute.convert.verify import Verification
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -139,6 +141,30 @@ def push_folder(
         verification = run_verification(folder, None, load=True)
     url = push(folder, target, base_model=base_model, report=report, verification=verification, progress=say)
     show({"url": url}, as_json, url)
+
+
+def push_target(planned: Plan, repo: str, accept_license: bool) -> Target:
+    """Where `--push`, or else the recipe, puts the result; refused before the job if it cannot be."""
+    from bitroute.convert.push import check_push
+    from bitroute.convert.recipe import PushRecipe
+    from bitroute.convert.upload import Target
+    from bitroute.errors import Problem, RecipeError
+
+    recipe = planned.recipe.recipe
+    said = (recipe.push if recipe else None) or (PushRecipe.model_validate({"repo": repo}) if repo else None)
+    if said is None:
+        mend = "give --push OWNER/NAME, or add `push: {repo: OWNER/NAME}` to the recipe"
+        raise RecipeError(Problem("the recipe does not say where to publish", planned.recipe.name, next_step=mend))
+    target = Target(repo or said.repo, said.private, said.revision, said.create_pr, accept_license)
+    check_push(target, planned.pipeline.hub.repo if planned.pipeline.hub else None)
+    return target
+
+
+def publish(folder: Path, target: Target, verification: Verification | None, as_json: bool) -> str:
+    """The URL of what a job has just written, verified and evaluated."""
+    from bitroute.convert.push import push
+
+    return push(folder, target, verification=verification, progress=None if as_json else say_on_stderr)
 
 
 @click.command("doctor", context_settings=CONTEXT)

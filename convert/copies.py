@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bitroute.convert.checkpoint import Pipeline
-from bitroute.errors import Problem
+from bitroute.convert.checkpoint import Pipeline, file_names
+from bitroute.convert.layout import read_header
+from bitroute.errors import Problem, SourceError
 
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".msgpack", ".h5", ".ckpt", ".pt", ".onnx")
 BESIDE = ("LICENSE", "LICENCE", "NOTICE")  # beside the index; the model card speaks of the original and stays there
@@ -15,32 +17,65 @@ BESIDE = ("LICENSE", "LICENCE", "NOTICE")  # beside the index; the model card sp
 def copies(pipeline: Pipeline, converted: Sequence[str]) -> tuple[dict[str, int], list[Problem]]:
     """File relative to the pipeline folder → bytes, and every reason why the copy would not be whole.
 
-    converted: the parts that the job writes itself; of those only what is neither weights nor config goes along.
+    converted: the parts that the job writes itself; of those only what is neither weights nor config goes along, and
+    the folders inside. Hidden files never do: tools leave them, no loader reads them.
     """
     problems = [_missing(pipeline, name) for name in pipeline.wanted if not (pipeline.folder / name).is_dir()]
     empty = [name for name in pipeline.components if not _has_weights(pipeline.folder / name)]
     problems += [_no_weights(pipeline, name) for name in empty]
     found: dict[str, int] = {}
-    for file in sorted(_files(pipeline, converted)):
-        if file.is_file():
+    for file in sorted(_files(pipeline, converted, problems)):
+        if os.path.isfile(file):
             found[file.relative_to(pipeline.folder).as_posix()] = file.stat().st_size
-        elif not file.is_dir():
+            problems += _damage(file)
+        else:
             problems.append(_unreadable(file))
     return found, problems
 
 
-def _files(pipeline: Pipeline, converted: Sequence[str]) -> Iterator[Path]:
-    for name in pipeline.parts:
-        if name not in converted:
-            yield from (pipeline.folder / name).rglob("*")
-    for name in converted:
-        own = (pipeline.folder / name).iterdir()
-        yield from (file for file in own if file.name != "config.json" and not file.name.endswith(WEIGHTS))
-    yield from (file for file in pipeline.folder.iterdir() if file.name.upper().startswith(BESIDE))
+def _files(pipeline: Pipeline, converted: Sequence[str], problems: list[Problem]) -> Iterator[Path]:
+    for folder in (pipeline.folder / name for name in pipeline.parts):
+        for file in _walk(folder, problems):
+            written = file.name == "config.json" or file.name.endswith(WEIGHTS)
+            if not (folder.name in converted and file.parent == folder and written):
+                yield file
+    beside = [name for name in file_names(pipeline.folder) if name.upper().startswith(BESIDE)]
+    yield from (pipeline.folder / name for name in beside if not (pipeline.folder / name).is_dir())
+
+
+def _walk(top: Path, problems: list[Problem]) -> Iterator[Path]:
+    """What lies in a folder and below it, and is no folder; those that cannot be walked are problems."""
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        try:
+            names = file_names(folder)
+        except SourceError as error:
+            problems += error.problems
+            continue
+        for path in (folder / name for name in names if not name.startswith(".")):
+            if not os.path.isdir(path):
+                yield path
+            elif path.is_symlink():  # it may lead out of the model, or into itself
+                problems.append(_linked(path))
+            else:
+                folders.append(path)
 
 
 def _has_weights(folder: Path) -> bool:
     return any(file.name.endswith(WEIGHTS) and file.is_file() for file in folder.iterdir())
+
+
+def _damage(file: Path) -> Sequence[Problem]:
+    """What the headers tell of weights that are copied without being read: a download may have ended early."""
+    if file.name.endswith(".safetensors"):
+        try:
+            read_header(file)
+        except SourceError as error:
+            return error.problems
+    elif file.name.endswith(WEIGHTS) and not file.stat().st_size:
+        return [Problem("a weight file is empty", str(file), next_step="download the model again")]
+    return []
 
 
 def _missing(pipeline: Pipeline, name: str) -> Problem:
@@ -54,6 +89,13 @@ def _no_weights(pipeline: Pipeline, name: str) -> Problem:
     return Problem(
         f"component {name!r} has no weights", str(pipeline.folder / name),
         got="no weight file, or links that lead nowhere", next_step="download the model again",
+    )  # fmt: skip
+
+
+def _linked(folder: Path) -> Problem:
+    return Problem(
+        "a link to a folder is not copied", str(folder), got=f"a link to {os.readlink(folder)}",
+        next_step="put the folder itself there",
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
-from bitroute.errors import Problem, RecipeError
+from bitroute.errors import Problem, RecipeError, printable
 
 __all__ = [
     "MAX_PROBLEMS",
@@ -101,11 +101,6 @@ def shown(value: object) -> str:
         return "nothing"
     text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
-
-
-def printable(name: str) -> str:
-    """A file name without the characters that would act on the terminal."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 def sorted_problems(problems: Iterable[Problem]) -> list[Problem]:

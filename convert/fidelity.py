@@ -15,7 +15,7 @@ from bitroute.convert.checkpoint import Component, Pipeline
 from bitroute.convert.layout import StoredTensor
 from bitroute.convert.reading import read_rows, read_tensor
 from bitroute.convert.record import RecordedComponent, RecordedEntry
-from bitroute.convert.workers import run_all
+from bitroute.convert.workers import check_stop, run_all
 from bitroute.errors import Problem, SourceError
 
 Progress = Callable[[int, str], None]  # stored bytes done since the last call, what was looked at; from any thread
@@ -109,6 +109,7 @@ def _compare(component: str, entry: RecordedEntry, decoded: Tensor, original: St
     """The source is read in blocks of rows; no temporary is larger than one, and sums are in float64."""
     signal = noise = largest = 0.0
     for start, stop in entry.backend.block_bounds(entry.weight):
+        check_stop()
         rows = read_rows(original, start, stop).float()
         error = decoded[start:stop] - rows
         low, high = error.aminmax()
@@ -130,10 +131,11 @@ def _is_copy(component: Component, entry: RecordedEntry, original: StoredTensor)
     """A kept tensor is its source, byte for byte or cast to the planned dtype."""
     name, spec = entry.tensors["weight"]
     stored = component.tensors[name]
-    return all(
-        torch.equal(_raw(read_rows(stored, start, stop)), _raw(read_rows(original, start, stop).to(spec.dtype)))
-        for start, stop in entry.backend.block_bounds(original.spec.rows)
-    )
+    for start, stop in entry.backend.block_bounds(original.spec.rows):
+        check_stop()
+        if not torch.equal(_raw(read_rows(stored, start, stop)), _raw(read_rows(original, start, stop).to(spec.dtype))):
+            return False
+    return True
 
 
 def _raw(rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import Any
 import torch
 
 from bitroute.backends.base import CODES
-from bitroute.convert.checkpoint import BUILTIN, open_pipeline
+from bitroute.convert.checkpoint import BUILTIN, file_names, open_pipeline
 from bitroute.convert.layout import Header, read_header
 from bitroute.convert.reading import read_json
-from bitroute.errors import Problem, SourceError
+from bitroute.errors import Problem, SourceError, printable
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """A description of a .safetensors file, a component folder or a pipeline folder; sizes in bytes.
 
     Raises:
-        SourceError: there is nothing there that safetensors tools could read.
+        SourceError: there is nothing there that safetensors tools could read, or a folder cannot be read.
     """
     place = _place(str(path))
     if place.is_file():
@@ -30,8 +31,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         raise SourceError(
             Problem("no such file or folder", str(path), next_step="give a .safetensors file or a folder")
         )
-    folders = [place, *sorted(folder for folder in place.iterdir() if folder.is_dir())]
-    components = {folder.name: _component(folder) for folder in folders if any(folder.glob("*.safetensors"))}
+    folders = [place, *(place / name for name in file_names(place) if os.path.isdir(place / name))]
+    components = {folder.name: _component(folder) for folder in folders if _weights(folder)}
     if not components:
         raise SourceError(Problem("no safetensors file in this folder or right below it", str(path)))
     origin = read_json(place / "bitroute.json") if (place / "bitroute.json").is_file() else None
@@ -49,8 +50,12 @@ def _place(path: str) -> Path:
         raise SourceError(Problem("not a usable path", path[:100], got=str(error)[:200])) from error
 
 
+def _weights(folder: Path) -> list[Path]:
+    return [folder / name for name in file_names(folder) if name.endswith(".safetensors")]
+
+
 def _component(folder: Path) -> dict[str, Any]:
-    headers = {file: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
+    headers = {file: read_header(file) for file in _weights(folder)}
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     quantization = _mapping(config.get("quantization_config"))
     name = config.get("_class_name") or config.get("architectures") or "unknown class"
@@ -101,7 +106,7 @@ def _mapping(value: object) -> dict[str, Any]:
 def inspection_text(found: Mapping[str, Any]) -> str:
     if "file" in found:
         tensors = [f"  {name}  {t['dtype']} {t['shape']}" for name, t in found["tensors"].items()]
-        return "\n".join([found["file"], *_contents_lines(found), *tensors])
+        return "\n".join(map(printable, [found["file"], *_contents_lines(found), *tensors]))
     lines = [found["folder"]]
     if found["made_by"]:
         made_by = found["made_by"]
@@ -112,7 +117,7 @@ def inspection_text(found: Mapping[str, Any]) -> str:
         lines += _contents_lines(component)
         for backend, layers in (component["layers"] or {}).items():
             lines.append(f"  {backend}: {', '.join(map(str, layers[:6]))}{' …' if len(layers) > 6 else ''}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _contents_lines(contents: Mapping[str, Any]) -> list[str]:

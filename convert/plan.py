@@ -181,7 +181,7 @@ def _plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
         planned = _plan_component(pipeline.components[name], component_recipe, file, problems)
         components += [planned] if planned else []
     copied, found = copies(pipeline, [component.name for component in components])
-    problems += found
+    problems += [problem for problem in found if problem not in problems]  # a part that has no plan told its own
     if problems:
         raise RecipeError(sorted_problems(problems))
     return Plan(file, pipeline, tuple(components), copied)

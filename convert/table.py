@@ -17,6 +17,7 @@ from bitroute.convert.describe import label
 from bitroute.convert.entry import Entry
 from bitroute.convert.fold import Fold, fold_by
 from bitroute.convert.plan import ComponentPlan, Plan
+from bitroute.convert.snippet import loading_code
 from bitroute.convert.verify import Verification
 
 REST = "norms, embeddings, biases"
@@ -115,13 +116,7 @@ def _finite(number: float) -> float | None:
 def result_text(plan: Plan, out: Path) -> str:
     """What was written, and the lines that load it."""
     needs_import = any(component.container.name == "bitroute" for component in plan.components)
-    imports = ["import bitroute  # registers its loader"] if needs_import else []
-    snippet = [
-        *imports,
-        "import torch",
-        "from diffusers import DiffusionPipeline",
-        f'pipe = DiffusionPipeline.from_pretrained("{out}", dtype=torch.bfloat16)',
-    ]
+    snippet = loading_code(str(out), needs_import).splitlines()
     wrote = f"wrote {out}: {size(plan.source_bytes)} → {size(plan.size_bytes)}"
     needs = f"pip install {' '.join(plan.packages)}"
     return "\n".join([wrote, f"to load it: {needs}", *plan.devices, *(f"    {line}" for line in snippet)])

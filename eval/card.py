@@ -6,7 +6,6 @@ Names and prompts come from strangers: all of their characters that mean somethi
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from bitroute.convert.document import printable
+from bitroute.convert.markdown import escaped, table
 from bitroute.convert.table import size
 from bitroute.errors import JobError, Problem
 from bitroute.eval.compare import neighbour_sentences, percent, report_content, stored_mean
@@ -57,13 +56,12 @@ def card_markdown(content: Json) -> str:
     titles = ["", "size", "bits/weight", *(TITLES[metric] for metric in METRICS), "denoiser error", "verdict"]
     rows = [_floor_row(what, scores) for what, scores in content["floor"].items()]
     rows += [_row(found[name]) for name in content["by_quality"]]
-    lines = [titles, ["---"] * len(titles), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    scored = table(titles, rows)
     sentences = [f"- {escaped(sentence)}" for sentence in neighbour_sentences(content)]
     sentences += [
         f"- {escaped(c['name'])}: {escaped('; '.join(c['tripwires']))}" for c in found.values() if c["tripwires"]
     ]
-    return "\n\n".join(part for part in (table, _how(content), "\n".join(sentences)) if part) + "\n"
+    return "\n\n".join(part for part in (scored, _how(content), "\n".join(sentences)) if part) + "\n"
 
 
 def _floor_row(what: str, scores: Json) -> list[str]:
@@ -104,13 +102,6 @@ def _how(content: Json) -> str:
 
 def _count(items: Sequence[object], what: str) -> str:
     return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
-
-
-def escaped(text: str) -> str:
-    """Text as GitHub Markdown that shows it as it is, on one line of a table too; links are not made of it."""
-    line = " ".join(printable(" ".join(text.split())).split())
-    line = re.sub(r"([\\`*_{}\[\]()<>#+!|~&$:@])", r"\\\1", line)
-    return re.sub(r"(?i)(^\d*|www)([-.=])", r"\1\\\2", line)
 
 
 def card_picture(content: Json, folder: Path, file: Path) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from bitroute.eval.sampling import Sampling
 
 
+Result = tuple[dict[str, Any], str, int]  # for machines, for people, the exit code
+
+
 @click.command("eval", context_settings=CONTEXT)
 @click.argument("original")
 @click.argument("quantized", nargs=-1, required=True)
@@ -77,7 +80,9 @@ def evaluate_folders(
     )  # fmt: skip
     plug_ins = parse_scores(scores)
     compare = partial(evaluate, share_text=not own_text, denoiser=not pictures_only, scores=plug_ins)
-    ctx.exit(_evaluate(original, quantized, sampling, limits, out, compare, as_json))
+    content, text, code = _evaluate(original, quantized, sampling, limits, out, compare)
+    show(content, as_json, text)
+    ctx.exit(code)
 
 
 @click.command("compare", context_settings=CONTEXT)
@@ -147,7 +152,7 @@ def _sampling(
     )  # fmt: skip
 
 
-def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:
+def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> Result:
     """The report of a finished job goes beside its folder."""
     from bitroute.eval.evaluate import evaluate
     from bitroute.eval.gate import parse_gate
@@ -157,14 +162,14 @@ def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> int:
     limits = parse_gate({str(metric): limit for metric, limit in gate.items()})
     report = folder.with_name(f"{folder.name}-report")
     original = str(planned.pipeline.folder) if planned.pipeline.hub else planned.pipeline.name  # pinned, no request
-    return _evaluate(original, [str(folder)], sampling, limits, report, evaluate, False)
+    return _evaluate(original, [str(folder)], sampling, limits, report, evaluate)
 
 
 def _evaluate(
     original: str, quantized: Sequence[str], sampling: Sampling, limits: Sequence[Limit], out: Path,
-    compare: Callable[..., Evaluation], as_json: bool,
-) -> int:  # fmt: skip
-    """Writes the report; the exit code."""
+    compare: Callable[..., Evaluation],
+) -> Result:  # fmt: skip
+    """Writes the report: its content, its words, and the exit code."""
     from bitroute.eval.card import write_report_card
     from bitroute.eval.page import write_page
     from bitroute.eval.report import table, write_report
@@ -177,6 +182,6 @@ def _evaluate(
     write_report_card(out)
     page = write_page(content, out)
     verdicts = "\n".join(candidate["verdict"] for candidate in content["candidates"])
-    show(content, as_json, f"{table(found)}\n\n{verdicts}\nreport: {page}")
     rejected = any(candidate.tripwires for candidate in found.candidates)
-    return 1 if rejected else 0 if found.passed else 3
+    code = 1 if rejected else 0 if found.passed else 3
+    return content, f"{table(found)}\n\n{verdicts}\nreport: {page}", code

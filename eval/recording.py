@@ -34,7 +34,7 @@ LAYER_SAMPLES = 2
 LAYER_ROWS = 42  # of each call; with three calls of two samples about 256, 1.3 GB for FLUX.1-dev
 
 
-def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 8) -> None:
+def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 16) -> None:
     """Records the first prompts, with the first seed, in a fresh process.
 
     Raises:
@@ -45,7 +45,7 @@ def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 8
         run_apart("bitroute.eval.recording", request, "the pipeline cannot be recorded", model)
 
 
-def record(model: Path, sampling: Sampling, folder: Path, prompts: int = 8) -> None:
+def record(model: Path, sampling: Sampling, folder: Path, prompts: int = 16) -> None:
     """Writes `<sample>.safetensors` for each sample, then run.json; an unfinished recording is made again."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from bitroute import backends, plan
+from bitroute import plan
 from bitroute.backends.base import CODES
 from bitroute.convert import architecture
 from bitroute.convert import plan as planning
@@ -128,12 +128,11 @@ PLACES = st.integers(0, 9999)
 
 @pytest.fixture(scope="module")
 def planned_quickly() -> Iterator[None]:
-    """The same model and the same installed packages for every recipe: they are looked at once."""
+    """The same model for every recipe: it is looked at once."""
     with pytest.MonkeyPatch.context() as patch:
         build = architecture.build
         built = functools.cache(lambda folder, component: build(component))
         patch.setattr(planning, "build", lambda component: built(component.folder, component))
-        patch.setattr(backends, "_plugins", functools.cache(backends._plugins))
         plan("tiny-flux-mixed")
         yield
 
