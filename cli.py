@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import json
@@ -51,6 +52,7 @@ class _Command(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         verbose = ctx.params.get("verbose", 0)
+        atexit.register(gc.freeze)  # at the end, collecting torch's and diffusers' objects takes 1.5 s and frees nothing
         if not verbose:
             quiet()
         for stream in (sys.stdout, sys.stderr):
@@ -93,8 +95,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _end_soon() -> None:
-    """What still has to be said is said, and nothing is collected that the end of the process gives back anyway."""
-    gc.freeze()  # torch's and diffusers' objects alone take 1.5 s
+    """What still has to be said is said, without another interrupt."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

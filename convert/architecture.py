@@ -99,9 +99,9 @@ def build_model(component: Component) -> nn.Module:
     try:
         with torch.device("meta"), _at_most(MODULES_PER_TENSOR * (len(component.tensors) + 100)):
             if component.library == "diffusers":
-                model: nn.Module = model_class.from_config(_without_choices(component.config))
+                model: nn.Module = model_class.from_config(without_choices(component.config))
             else:
-                model = model_class(model_class.config_class.from_dict(_without_choices(component.config)))
+                model = model_class(model_class.config_class.from_dict(without_choices(component.config)))
     except Exception as error:  # the classes raise whatever they like on a config that is not theirs
         raise SourceError(
             Problem(
@@ -170,12 +170,12 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, str]]:
             yield name, kind
 
 
-def _without_choices(value: Any) -> Any:
+def without_choices(value: Any) -> Any:
     """A config, and those inside it, without what names no layer and would be loaded or checked all the same."""
     if isinstance(value, list):
-        return [_without_choices(item) for item in value]
+        return [without_choices(item) for item in value]
     if isinstance(value, dict):
-        return {key: _without_choices(item) for key, item in value.items() if key not in CHOICES}
+        return {key: without_choices(item) for key, item in value.items() if key not in CHOICES}
     return value
 
 

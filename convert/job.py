@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitroute.convert.architecture import without_choices
 from bitroute.convert.describe import index_names, summary
 from bitroute.convert.entry import Entry
 from bitroute.convert.files import copy, make_folder, sha256, write_json
@@ -155,7 +156,7 @@ def _write_component(
             run_all(partial(_write_entry, writer, entry, names(entry), device, report) for entry in shard)
     for name in index_names(component):
         write_json(folder / name, _index(component))
-    config = dict(component.component.config)
+    config = without_choices(component.component.config)
     quantization = component.container.config(component.entries)
     if quantization:
         config["quantization_config"] = {**quantization, "bitroute": summary(plan, component)}
