@@ -52,7 +52,7 @@ class _Command(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         verbose = ctx.params.get("verbose", 0)
-        atexit.register(gc.freeze)  # at the end, collecting torch's and diffusers' objects takes 1.5 s and frees nothing
+        atexit.register(gc.freeze)  # collecting torch's and diffusers' objects at the end takes 1.5 s, for nothing
         if not verbose:
             quiet()
         for stream in (sys.stdout, sys.stderr):
