@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,38 +226,6 @@ def test_what_would_act_on_a_terminal_is_shown_as_it_is(
     content = compare_reports([write(report(evil, candidate("b", 0.2)))], tmp_path / "out")
     text = comparison_text(content) + "".join(neighbour_sentences(content))
     assert "\x1b" not in text and "\\x1b[2Jfp8\\n" in text
-
-
-def keys(value: Any, path: str = "") -> Iterator[str]:
-    """The paths of all leaves, as docs/compare.md writes them."""
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from keys(item, f"{path}.{key}" if path else key)
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for item in value:
-            yield from keys(item, f"{path}[]")
-    else:
-        yield path
-
-
-def general(key: str) -> str:
-    for pattern, instead in (
-        (r"^(candidates\[\]\.samples\[\])\.(lpips|psnr|ssim|ms_ssim|flip)$", r"\1.<metric>"),
-        (r"^(floor)\.[^.]+\..*", r"\1.<what>"),
-        (r"^(candidates\[\]\.scores)\..*", r"\1"),
-        (r"^(sampling)\..*", r"\1"),
-    ):
-        key = re.sub(pattern, instead, key)
-    return key
-
-
-def test_every_key_of_the_comparison_is_documented_and_every_documented_key_is_written(
-    write: Write, tmp_path: Path, candidate: Make, report: Make
-) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `([^`]+)` \| .* \|$", page, flags=re.MULTILINE))
-    content = compare_reports([write(report(candidate("fp8", 0.1), candidate("nf4", 0.2)))], tmp_path / "out")
-    assert {general(key) for key in keys(content)} == documented
 
 
 def test_what_quantize_eval_writes_can_be_compared(

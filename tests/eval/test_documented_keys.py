@@ -1,14 +1,17 @@
-"""docs/report.md explains report.json as it is written."""
+"""docs/report.md and docs/compare.md explain report.json and compare.json as they are written."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitroute.eval.compare import compare_reports
 from bitroute.eval.evaluate import Evaluation
 from bitroute.eval.report import write_report
+
+Json = dict[str, Any]
 
 
 def keys(value: Any, path: str = "") -> Iterator[str]:
@@ -23,7 +26,7 @@ def keys(value: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-NAMED_BY_THE_RUN = [
+NAMED_BY_THE_REPORT = [
     (r"^(floor\.[^.]+|candidates\[\]\.scores)\.\w+\.", "<metric>."),
     (r"^(original|candidates\[\])\.measured\.", "measured."),
     (r"^(candidates\[\]\.samples\[\])\.(lpips|psnr|ssim|ms_ssim|flip)$", r"\1.<metric>"),
@@ -36,20 +39,42 @@ NAMED_BY_THE_RUN = [
 ]
 
 
-def general(key: str) -> str:
-    for pattern, replacement in NAMED_BY_THE_RUN:
-        key = re.sub(pattern, replacement, key)
-    return key
+NAMED_BY_THE_COMPARISON = [
+    (r"^(candidates\[\]\.samples\[\])\.(lpips|psnr|ssim|ms_ssim|flip)$", r"\1.<metric>"),
+    (r"^(floor)\.[^.]+\..*", r"\1.<what>"),
+    (r"^(candidates\[\]\.scores)\..*", r"\1"),
+    (r"^(sampling)\..*", r"\1"),
+]
+
+
+def general(content: Any, names: Sequence[tuple[str, str]]) -> set[str]:
+    """The paths of all leaves, those of the run's own names as the documentation calls them."""
+    found = set()
+    for key in keys(content):
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        found.add(key)
+    return found
+
+
+def rows(page: str) -> list[tuple[str, str]]:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, flags=re.MULTILINE)
 
 
 def test_every_key_of_the_report_is_documented_and_every_documented_key_is_written(
     measured: Evaluation, tmp_path: Path
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", page, flags=re.MULTILINE)
-    documented = {key for key, _ in rows if key != "<metric>"}
-    written = {general(key) for key in keys(write_report(measured, tmp_path))}
+    documented = {key for key, _ in rows("report.md") if key != "<metric>"}
+    written = general(write_report(measured, tmp_path), NAMED_BY_THE_REPORT)
     asked_for = {key for key in documented if ".standalone." in key or key.startswith("sampling.inputs")}
     empty = {"candidates[].tripwires", "notes"}  # present, but may have no entry
     assert written - documented == set()
     assert documented - asked_for - written - empty == set()
+
+
+def test_every_key_of_the_comparison_is_documented_and_every_documented_key_is_written(
+    write: Callable[..., Path], candidate: Callable[..., Json], report: Callable[..., Json], tmp_path: Path
+) -> None:
+    content = compare_reports([write(report(candidate("fp8", 0.1), candidate("nf4", 0.2)))], tmp_path / "out")
+    assert general(content, NAMED_BY_THE_COMPARISON) == {key for key, _ in rows("compare.md")}
