@@ -40,6 +40,27 @@ class Bar:
                 print(f"{self.title}: {self.tenth * 10} % of {self.total_bytes / 1e6:,.1f} MB", file=sys.stderr)
 
 
+class Stages:
+    """What is worked on, and how far: one changing line on a terminal, a line for each stage elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self._live = title, Console(stderr=True).status("")
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()
+
+    def say(self, what: str, far: str) -> None:
+        if sys.stderr.isatty():
+            self._live.update(escape(f"{self.title}: {what}{f', {far}' if far else ''}"))
+        elif not far:
+            print(f"{self.title}: {what}", file=sys.stderr)
+
+
 def _live() -> Progress:
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"), BarColumn(bar_width=24), TransferSpeedColumn(), TimeElapsedColumn(),

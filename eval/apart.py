@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
+from tempfile import TemporaryFile
 from typing import Any
 
 from bitroute.convert.noise import quiet
 from bitroute.errors import JobError, Problem
 
+Heard = Callable[[str], None]
+FAR = re.compile(r"\d+ of \d+")
 
-def run_apart(module: str, request: Mapping[str, Any], failed: str, where: Path) -> str:
-    """The last line that the module printed, when it was given the request as JSON on stdin.
+
+def run_apart(module: str, request: Mapping[str, Any], failed: str, where: Path, heard: Heard | None = None) -> None:
+    """Gives the module the request as JSON on stdin; `heard` is told how far it is: `3 of 16`.
 
     Raises:
         JobError: `failed`, with what the process said last.
     """
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", module], capture_output=True, text=True, check=False, input=json.dumps(request)
-    )
-    if done.returncode:
-        raise JobError(Problem(failed, str(where), got=_reason(done)))
-    return (done.stdout.strip().splitlines() or [""])[-1]
+    command = [sys.executable, "-P", "-m", module]
+    with (
+        TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as process,
+    ):
+        try:
+            _talk(process, json.dumps(request), heard or (lambda line: None))
+        except BaseException:  # an interrupt: the process must not go on alone
+            process.kill()
+            raise
+        if process.returncode:
+            errors.seek(0)
+            raise JobError(Problem(failed, str(where), got=_reason(process.returncode, errors.read())))
+
+
+def _talk(process: subprocess.Popen[str], request: str, heard: Heard) -> None:
+    assert process.stdin and process.stdout
+    with suppress(BrokenPipeError):  # it ended before it could listen, and has said why
+        process.stdin.write(request)
+        process.stdin.close()
+    for line in process.stdout:
+        if FAR.fullmatch(line.strip()):  # libraries print too
+            heard(line.strip())
+    process.wait()
+
+
+def tell(done: int, total: int) -> None:
+    """On the side that works: how far it is."""
+    print(f"{done} of {total}", flush=True)
 
 
 def answer(work: Callable[[dict[str, Any]], object]) -> None:
@@ -37,8 +67,8 @@ def answer(work: Callable[[dict[str, Any]], object]) -> None:
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    if done.returncode < 0:
-        return f"its process was ended by signal {-done.returncode}, which may mean that memory ran out"
-    said = done.stderr.strip().splitlines()
-    return said[-1][:500] if said else f"its process ended with {done.returncode}"
+def _reason(code: int, errors: str) -> str:
+    if code < 0:
+        return f"its process was ended by signal {-code}, which may mean that memory ran out"
+    said = errors.strip().splitlines()
+    return said[-1][:500] if said else f"its process ended with {code}"

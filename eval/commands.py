@@ -170,14 +170,13 @@ def _evaluate(
     compare: Callable[..., Evaluation],
 ) -> Result:  # fmt: skip
     """Writes the report: its content, its words, and the exit code."""
+    from bitroute.convert.progress import Stages
     from bitroute.eval.card import write_report_card
     from bitroute.eval.page import write_page
     from bitroute.eval.report import table, write_report
 
-    def report(what: str) -> None:
-        click.echo(f"drawing: {what}", err=True)
-
-    found = compare(original, quantized, sampling, limits=limits, progress=report)
+    with Stages("drawing") as stages:
+        found = compare(original, quantized, sampling, limits=limits, progress=stages.say)
     content = write_report(found, out)
     write_report_card(out)
     page = write_page(content, out)

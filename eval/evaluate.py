@@ -6,12 +6,14 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bitroute.convert.checkpoint import folder_name, open_pipeline
 from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem
+from bitroute.eval.apart import Heard
 from bitroute.eval.calling import check_call
 from bitroute.eval.gate import Limit
 from bitroute.eval.judge import Candidate, Run, Yardstick, draw, judge
@@ -21,7 +23,7 @@ from bitroute.eval.scores import Scores, score, unrelated_lpips
 from bitroute.eval.standalone import Chosen, check
 from bitroute.eval.tripwires import bad_pictures
 
-Progress = Callable[[str], None]
+Progress = Callable[[str, str], None]  # what is drawn or asked, and how far that is: empty, then `3 of 16`
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def evaluate(
         SourceError: no such pipeline. RecipeError: its call does not take what `sampling` gives it.
         JobError: the original cannot be drawn or scored.
     """
-    report = progress or (lambda what: None)
+    report = progress or (lambda what, far: None)
     source = _folder(original)
     folders = distinct_names(_folder(model) for model in quantized)
     check_call(source, sampling)
@@ -63,15 +65,13 @@ def evaluate(
     beside = replace(beside, recorded=recorded, scores=scores)
     candidates = []
     for name, folder in folders.items():
-        report(name)
-        candidates.append(judge(name, folder, beside, limits))
+        candidates.append(judge(name, folder, beside, limits, _stage(report, name)))
     return Evaluation(**vars(beside), candidates=candidates, environment=_environment(sampling))
 
 
 def _yardstick(source: Path, sampling: Sampling, store: Path, share_text: bool, report: Progress) -> Yardstick:
-    report("original")
     samples = list(sampling.samples())
-    drawn = draw(source, sampling, samples, store / sampling.key(source))
+    drawn = draw(source, sampling, samples, store / sampling.key(source), heard=_stage(report, "original"))
     if broken := list(bad_pictures(samples, drawn.pictures, drawn.folder)):
         raise JobError(Problem("the original itself draws broken pictures", str(source), got="; ".join(broken)))
     floor = _floor(source, sampling, samples, drawn, store, report)
@@ -104,21 +104,25 @@ def _floor(
     source: Path, sampling: Sampling, samples: Sequence[Sample], drawn: Run, store: Path, report: Progress
 ) -> dict[str, Scores]:
     """The original against itself: drawn again, and with the plain attention kernel."""
-    report("noise floor: the original again")
-    again = draw(source, sampling, samples, store / f"{sampling.key(source)}-again")
-    report("noise floor: another attention kernel")
+    heard = _stage(report, "noise floor: the original again")
+    again = draw(source, sampling, samples, store / f"{sampling.key(source)}-again", heard=heard)
+    heard = _stage(report, "noise floor: another attention kernel")
     other = replace(sampling, attention="math")
-    kernel = draw(source, other, samples, store / other.key(source))
+    kernel = draw(source, other, samples, store / other.key(source), heard=heard)
     return {
         "drawn again": score(samples, drawn.pictures, again.pictures),
         "another attention kernel": score(samples, drawn.pictures, kernel.pictures),
     }
 
 
+def _stage(report: Progress, what: str) -> Heard:
+    report(what, "")
+    return partial(report, what)
+
+
 def _record(source: Path, sampling: Sampling, store: Path, report: Progress) -> Path:
-    report("the original's denoiser")
     folder = store / f"{sampling.key(source)}-recorded"
-    record_apart(source, sampling, folder)
+    record_apart(source, sampling, folder, heard=_stage(report, "the original's denoiser"))
     return folder
 
 

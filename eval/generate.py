@@ -25,12 +25,14 @@ import bitroute  # noqa: F401  registers the loader of bitroute's own container
 from bitroute.convert.checkpoint import Component, open_pipeline
 from bitroute.convert.loading import lift_gpu_check
 from bitroute.convert.reading import read_json
-from bitroute.eval.apart import answer, run_apart
+from bitroute.eval.apart import Heard, answer, run_apart, tell
 from bitroute.eval.calling import find_class, frames_of, run_pipeline, watch_latents
 from bitroute.eval.sampling import Sample, Sampling
 
 
-def draw_apart(model: Path, sampling: Sampling, folder: Path, text_from: Path | None = None) -> dict[str, Any]:
+def draw_apart(
+    model: Path, sampling: Sampling, folder: Path, text_from: Path | None = None, heard: Heard | None = None
+) -> dict[str, Any]:
     """Draws in a fresh process; returns the run's measurements (seconds, bytes).
 
     Raises:
@@ -43,7 +45,7 @@ def draw_apart(model: Path, sampling: Sampling, folder: Path, text_from: Path | 
             "text_from": str(text_from) if text_from else None,
         }
         request["sampling"] = sampling.request()
-        run_apart("bitroute.eval.generate", request, "the pipeline does not draw", model)
+        run_apart("bitroute.eval.generate", request, "the pipeline does not draw", model, heard)
     return read_json(folder / "run.json")
 
 
@@ -68,10 +70,12 @@ def _draw_missing(model: Path, sampling: Sampling, folder: Path, text_from: Path
     pipe = load(model, sampling.device, text_from, sampling.pipeline)
     load_seconds = time.perf_counter() - started
     drawn, steps, started = 0, 0, time.perf_counter()
-    for sample in sampling.samples():
+    samples = list(sampling.samples())
+    for number, sample in enumerate(samples, start=1):
         if not (folder / f"{sample.stem}.png").is_file():
             steps += _draw_sample(pipe, sampling, sample, folder)
             drawn += 1
+        tell(number, len(samples))
     seconds = time.perf_counter() - started
     measured = {
         "load_seconds": load_seconds, "pictures": drawn, "seconds_per_step": seconds / steps if steps else None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from bitroute.errors import JobError
+from bitroute.eval.apart import Heard
 from bitroute.eval.drift import drift
 from bitroute.eval.gate import Limit
 from bitroute.eval.generate import draw_apart
@@ -71,13 +73,15 @@ class Candidate:
         return not self.tripwires and scores is not None and all(x.holds(scores.mean(x.metric)) for x in self.limits)
 
 
-def judge(name: str, model: Path, beside: Yardstick, limits: Sequence[Limit]) -> Candidate:
+def judge(name: str, model: Path, beside: Yardstick, limits: Sequence[Limit], heard: Heard | None = None) -> Candidate:
     """Everything that can be measured; one thing that fails does not keep the others from being measured."""
     found = Candidate(
         name, model, limits=limits, tripwires=list(unquantized(beside.original, model, beside.share_text))
     )
-    steps: list[Callable[[Candidate, Yardstick], Candidate]] = [_draw, _score, _drift]
-    for measure in [_weigh, *steps, _replay] if beside.recorded else steps:
+    measures: list[Callable[[Candidate, Yardstick], Candidate]] = [partial(_draw, heard=heard), _score, _drift]
+    if beside.recorded:
+        measures = [_weigh, *measures, partial(_replay, heard=heard)]
+    for measure in measures:
         try:
             found = measure(found, beside)
         except JobError as error:
@@ -86,9 +90,10 @@ def judge(name: str, model: Path, beside: Yardstick, limits: Sequence[Limit]) ->
 
 
 def draw(
-    model: Path, sampling: Sampling, samples: Sequence[Sample], folder: Path, text_from: Path | None = None
-) -> Run:
-    measured = draw_apart(model, sampling, folder, text_from)
+    model: Path, sampling: Sampling, samples: Sequence[Sample], folder: Path, text_from: Path | None = None,
+    heard: Heard | None = None,
+) -> Run:  # fmt: skip
+    measured = draw_apart(model, sampling, folder, text_from, heard)
     return Run(folder, read_pictures(folder, samples), measured)
 
 
@@ -96,10 +101,10 @@ def _weigh(found: Candidate, beside: Yardstick) -> Candidate:
     return replace(found, weights=weigh(found.model, beside.original))
 
 
-def _draw(found: Candidate, beside: Yardstick) -> Candidate:
+def _draw(found: Candidate, beside: Yardstick, heard: Heard | None) -> Candidate:
     text_from = beside.original if beside.share_text else None
     folder = beside.store / beside.sampling.key(found.model, *([text_from] if text_from else []))
-    run = draw(found.model, beside.sampling, beside.samples, folder, text_from)
+    run = draw(found.model, beside.sampling, beside.samples, folder, text_from, heard)
     return _tripped(replace(found, run=run), bad_pictures(beside.samples, run.pictures, run.folder))
 
 
@@ -123,12 +128,13 @@ def _standalone(found: Candidate, beside: Yardstick) -> Candidate:
     return replace(found, standalone=standalone(beside.scores, beside.drawn.folder, found.run.folder, beside.samples))
 
 
-def _replay(found: Candidate, beside: Yardstick) -> Candidate:
+def _replay(found: Candidate, beside: Yardstick, heard: Heard | None) -> Candidate:
     """Also of a candidate whose pictures are bad: the worst layer says where to look."""
     if found.run is None or beside.recorded is None:
         return found
     cache = beside.store / f"{beside.sampling.key(found.model, beside.original)}-replayed"
-    return replace(found, replay=replay_apart(found.model, beside.original, beside.recorded, beside.sampling, cache))
+    found_errors = replay_apart(found.model, beside.original, beside.recorded, beside.sampling, cache, heard)
+    return replace(found, replay=found_errors)
 
 
 def _tripped(found: Candidate, reasons: Iterable[str]) -> Candidate:

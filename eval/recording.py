@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem, SourceError
-from bitroute.eval.apart import answer, run_apart
+from bitroute.eval.apart import Heard, answer, run_apart, tell
 from bitroute.eval.calling import parameters, run_pipeline
 from bitroute.eval.generate import load
 from bitroute.eval.sampling import Sample, Sampling
@@ -34,7 +34,7 @@ LAYER_SAMPLES = 2
 LAYER_ROWS = 42  # of each call; with three calls of two samples about 256, 1.3 GB for FLUX.1-dev
 
 
-def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 16) -> None:
+def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 16, heard: Heard | None = None) -> None:
     """Records the first prompts, with the first seed, in a fresh process.
 
     Raises:
@@ -42,7 +42,7 @@ def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 1
     """
     if not _is_finished(sampling, folder, prompts):
         request = {"model": str(model), "folder": str(folder), "prompts": prompts, "sampling": sampling.request()}
-        run_apart("bitroute.eval.recording", request, "the pipeline cannot be recorded", model)
+        run_apart("bitroute.eval.recording", request, "the pipeline cannot be recorded", model, heard)
 
 
 def record(model: Path, sampling: Sampling, folder: Path, prompts: int = 16) -> None:
@@ -57,6 +57,7 @@ def record(model: Path, sampling: Sampling, folder: Path, prompts: int = 16) -> 
         for index, sample in enumerate(samples):
             tape = recorder.record(sampling, sample, layers=index < LAYER_SAMPLES)
             tape.save(folder / f"{sample.stem}.safetensors")
+            tell(index + 1, len(samples))
         content = {
             "samples": [sample.stem for sample in samples], "denoisers": list(recorder.denoisers),
             "text_encoders": [name for name, whole in recorder.encoders.items() if whole],

@@ -29,7 +29,7 @@ from bitroute.convert.loading import lift_gpu_check
 from bitroute.convert.reading import read_json, read_tensor
 from bitroute.convert.record import RecordedComponent, RecordedEntry, read_record
 from bitroute.errors import JobError, Problem, SourceError
-from bitroute.eval.apart import answer, run_apart
+from bitroute.eval.apart import Heard, answer, run_apart, tell
 from bitroute.eval.calling import attention
 from bitroute.eval.intervals import summarize
 from bitroute.eval.recording import LAYER_SAMPLES, damaged, encodings, flat_output, open_tensors
@@ -51,7 +51,9 @@ class Replay:
     text: Mapping[str, Json] = field(default_factory=dict)
 
 
-def replay_apart(candidate: Path, original: Path, recorded: Path, sampling: Sampling, cache: Path) -> Replay:
+def replay_apart(
+    candidate: Path, original: Path, recorded: Path, sampling: Sampling, cache: Path, heard: Heard | None = None
+) -> Replay:
     """Replays a folder that `record_apart` wrote, in a fresh process, once: `cache` is the folder of its result.
 
     Raises:
@@ -64,7 +66,7 @@ def replay_apart(candidate: Path, original: Path, recorded: Path, sampling: Samp
             return kept
         paths = {"candidate": str(candidate), "original": str(original), "recorded": str(recorded), "file": str(file)}
         request = {**paths, "sampling": sampling.request()}
-        run_apart("bitroute.eval.replay", request, "the candidate cannot be replayed", candidate)
+        run_apart("bitroute.eval.replay", request, "the candidate cannot be replayed", candidate, heard)
         if made := read_kept(file):
             return made
     raise damaged(file, "no result")
@@ -199,6 +201,7 @@ def _call_errors(candidate: Path, name: str, tapes: Sequence[Recorded], sampling
             error = checked_error(output.cpu(), tape.read(call["output"]), f"{name}, step {step}")
             timestep = tape.timesteps[step] if step < len(tape.timesteps) else None
             yield CallError(prompt, step, timestep, error)
+        tell(prompt + 1, len(tapes))
 
 
 def _load(component: Component, device: str) -> Any:
