@@ -59,19 +59,33 @@ def _forward(model: Any, probe: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    inputs = {name: _input(spec, generator) for name, spec in probe.items()}
+    tensors = {name: _input(spec, generator) for name, spec in probe.items()}
+    inputs = _nested({name: [tensor] if probe[name]["listed"] else tensor for name, tensor in tensors.items()})
     try:
         with torch.inference_mode():
             outputs = model.eval()(**inputs, return_dict=False)
     except Exception as error:  # a kernel that this device lacks; the caller knows whether that was to be expected
         return {"error": f"{type(error).__name__}: {error}"}
-    tensors = [tensor for tensor in outputs if isinstance(tensor, torch.Tensor)]
-    return {"finite": all(bool(tensor.isfinite().all()) for tensor in tensors), "outputs": len(tensors)}
+    parts = [part for output in outputs for part in (output if isinstance(output, list) else [output])]
+    results = [part for part in parts if isinstance(part, torch.Tensor)]
+    return {"finite": all(bool(result.isfinite().all()) for result in results), "outputs": len(results)}
+
+
+def _nested(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What is called `a.b` becomes entry b of the dict a."""
+    nested: dict[str, Any] = {}
+    for name, value in inputs.items():
+        outer, dot, inner = name.partition(".")
+        place, key = (nested.setdefault(outer, {}), inner) if dot else (nested, outer)
+        place[key] = value
+    return nested
 
 
 def _input(spec: dict[str, Any], generator: Any) -> Any:
     import torch
 
+    if spec["value"] is not None:
+        return spec["value"]
     shape, dtype = spec["shape"], torch.long if spec["dtype"] == "long" else torch.bfloat16
     if spec["fill"] == "random" and dtype == torch.long:
         return torch.randint(0, spec["below"], shape, generator=generator)

@@ -6,20 +6,20 @@ The knowledge is data: `recipes/profiles/CLASS.yaml`, every entry with its sourc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bitroute.convert.document import parse, read_text
+from bitroute.convert.document import MAX_PROBLEMS, KeyPath, Value, parse, read_text, shown
 from bitroute.convert.pattern import Layers, Pattern
 from bitroute.errors import Problem, RecipeError
 
-__all__ = ["ProbeInput", "Profile", "find_profile", "profiles"]
+__all__ = ["ProbeInput", "Profile", "ProfileFile", "find_profile", "profiles", "read_profile"]
 
 Role = Literal["attention", "feed-forward", "modulation", "embedder", "output"]
 Fill = Literal["random", "zeros", "ones"]
@@ -38,13 +38,18 @@ class KeptLayers(_Strict):
 
 
 class InputRecipe(_Strict):
-    """One input of the probe; a size is a number, a key of the config, or keys multiplied with `*`."""
+    """One input of the probe: a tensor, or a `value` as it stands; `a.b` is entry b of the dict a.
 
-    shape: list[int | str]
+    A size is a number, a key of the config, keys multiplied with `*`, or a difference of such.
+    """
+
+    shape: list[int | str] = []
+    value: Any = None
     dtype: Literal["float", "long"] = "float"
     fill: Fill = "random"
     below: str | None = Field(None, description="config key: random integers stay below it")
     when: str | None = Field(None, description="config key: the input exists only if it is true")
+    listed: bool = Field(False, description="whether the model wants a list, here of one such tensor")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class ProbeInput:
     dtype: Literal["float", "long"]
     fill: Fill
     below: int | None = None
+    value: Any = None  # instead of a tensor
+    listed: bool = False  # in a list of its own
 
 
 class Profile(_Strict):
@@ -64,7 +71,7 @@ class Profile(_Strict):
     about: str = ""
     roles: dict[Role, list[str]]
     keep: list[KeptLayers]
-    inputs: dict[str, InputRecipe]
+    inputs: dict[str, InputRecipe] = {}  # none: verify loads the model and runs no forward
     notes: list[str] = []
 
     def roles_of(self, names: Iterable[str]) -> dict[str, str]:
@@ -96,16 +103,76 @@ class Profile(_Strict):
     def _probe_input(self, given: InputRecipe, config: Mapping[str, object]) -> ProbeInput:
         shape = tuple(self._size(size, config) for size in given.shape)
         below = self._size(given.below, config) if given.below else None
-        return ProbeInput(shape, given.dtype, given.fill, below)
+        return ProbeInput(shape, given.dtype, given.fill, below, given.value, given.listed)
 
     def _size(self, size: int | str, config: Mapping[str, object]) -> int:
-        keys = str(size).split("*")
+        whole, *less = (self._product(part, config) for part in str(size).split(" - "))
+        return whole - sum(less)
+
+    def _product(self, size: str, config: Mapping[str, object]) -> int:
+        keys = size.split("*")
         values = [int(key) if key.strip().isdigit() else config.get(key.strip()) for key in keys]
         numbers = [value for value in values if isinstance(value, int)]
         if len(numbers) < len(values):
             what = f"the config of a {self.class_name} lacks the size {size!r}"
             raise RecipeError(Problem(what, got=f"keys {', '.join(sorted(config)) or 'none'}"))
         return math.prod(numbers)
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """A profile that a recipe names, and its text with the lines."""
+
+    profile: Profile
+    text: str
+    document: Value
+
+    def idle(self, names: Iterable[str]) -> list[str]:
+        """What is said in vain: entries of `keep` that match none of these layers, with their lines."""
+        layers = Layers(list(names))
+        return [
+            f"{shown(entry.layers)} matches no layer ({self.document.where(('keep', index, 'layers'))})"
+            for index, entry in enumerate(self.profile.keep)
+            if not layers.matching(Pattern.parse(entry.layers))
+        ]
+
+
+def read_profile(path: Path, name: str) -> ProfileFile:
+    """The profile in a file that errors call `name`.
+
+    Raises:
+        RecipeError: it cannot be read, or is no profile; everything that is wrong with it, with the lines.
+    """
+    text = read_text(path, name)
+    document = parse(text, name)
+    try:
+        profile = Profile.model_validate(document.plain)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[:MAX_PROBLEMS]
+        raise RecipeError(
+            Problem(
+                f"{shown('.'.join(map(str, detail['loc'])))} is not valid in a profile", document.where(detail["loc"]),
+                got="" if detail["type"] == "missing" else shown(detail["input"]), expected=detail["msg"],
+            )
+            for detail in found
+        ) from None  # fmt: skip
+    problems = [*_pattern_problems(profile, document)]
+    if problems:
+        raise RecipeError(problems)
+    return ProfileFile(profile, text, document)
+
+
+def _pattern_problems(profile: Profile, document: Value) -> Iterator[Problem]:
+    texts: dict[KeyPath, str] = {
+        ("roles", role, index): text for role, texts in profile.roles.items() for index, text in enumerate(texts)
+    }
+    texts |= {("keep", index, "layers"): entry.layers for index, entry in enumerate(profile.keep)}
+    for path, text in texts.items():
+        try:
+            Pattern.parse(text)
+        except RecipeError as error:
+            place = document.where(path)
+            yield from (Problem(p.what, place, p.got, p.expected, p.next_step) for p in error.problems)
 
 
 @cache
