@@ -20,17 +20,25 @@ if TYPE_CHECKING:
     from bitroute.convert.verify import verify
     from bitroute.errors import BitrouteError
     from bitroute.eval.evaluate import evaluate
+    from bitroute.eval.report import write_report
+    from bitroute.eval.sampling import Sampling, read_prompts
 
     __version__: str
 
-__all__ = ["BitrouteError", "__version__", "evaluate", "plan", "quantize", "verify"]
+__all__ = [
+    "BitrouteError", "Sampling", "__version__", "evaluate", "plan", "quantize", "read_prompts", "verify",
+    "write_report",
+]  # fmt: skip
 
 _HOMES = {
     "BitrouteError": "bitroute.errors",
+    "Sampling": "bitroute.eval.sampling",
     "evaluate": "bitroute.eval.evaluate",
     "plan": "bitroute.convert.plan",
     "quantize": "bitroute.convert.job",
+    "read_prompts": "bitroute.eval.sampling",
     "verify": "bitroute.convert.verify",
+    "write_report": "bitroute.eval.report",
 }
 _QUANTIZERS = {
     "diffusers.quantizers.auto": "bitroute.backends._diffusers",

@@ -3,7 +3,7 @@
 document → validation → recipe      YAML with lines, the schema, all problems at once
 layout → reading → checkpoint       safetensors headers (pickles: of *.bin), blocks of rows, parts of a pipeline
 hub, selection → download           a repository at one commit, the files of its pipeline, an outline for the plan
-architecture, profile               the layers of a class on the meta device, what is known of it
+architecture, profile, inference    the layers of a class on the meta device, what is known or inferred of it
 pattern → routing                   which backend every layer gets
 entry → container → copies → plan   what becomes of each tensor, how a component is stored, what goes along
 fold → describe → table             the plan for configs, machines and people

@@ -1,4 +1,4 @@
-"""The commands around a job: recipes, backends, inspect, verify, push, doctor."""
+"""The commands around a job: recipes, backends, profile, inspect, verify, push, doctor."""
 
 from __future__ import annotations
 
@@ -77,6 +77,27 @@ def list_backends(name: str | None, as_json: bool) -> None:
     else:
         formats = list_formats()
         show(formats, as_json, "\n".join(f"{key:<15} {words}" for key, words in formats.items()))
+
+
+@click.command("profile", context_settings=CONTEXT)
+@click.argument("model")
+@click.argument("component", required=False)
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the profile to this file.")
+@click.option("--allow-pickle", is_flag=True, help="Also read weights from *.bin files, tensors alone.")
+def show_profile(model: str, component: str | None, out: Path | None, allow_pickle: bool) -> None:
+    """What the layers of a COMPONENT do and which to keep, as a file to edit.
+
+    It is the built-in profile of the component's class, or else one inferred from its modules. MODEL is a folder, a
+    Hub id or builtin:tiny-flux; COMPONENT is its transformer or unet, if not given. A recipe names the edited file
+    under the component: `profile: ./FILE.yaml`.
+    """
+    from bitroute.convert.checkpoint import open_pipeline
+    from bitroute.convert.inference import profile_text
+    from bitroute.convert.recipe import write_new
+
+    pipeline = open_pipeline(model, access="outline", allow_pickle=allow_pickle)
+    class_name, text = profile_text(pipeline, component)
+    click.echo(write_new(text, out, f"{class_name}.yaml") if out else text, nl=bool(out))
 
 
 @click.command("inspect", context_settings=CONTEXT)

@@ -25,6 +25,7 @@ __all__ = [
     "Finder",
     "KeyPath",
     "Value",
+    "as_comments",
     "compose",
     "parse",
     "printable",
@@ -130,7 +131,7 @@ def compose(path: Path, name: str, find: Finder) -> tuple[Value, str]:
         document = parse(own, name)
         assert isinstance(document.content, dict)
         parent = document.content.pop("extends", None)
-        text = f"{text.rstrip()}\n\n# extends {name}:\n{_as_comments(own)}" if documents else own
+        text = f"{text.rstrip()}\n\n# extends {name}:\n{as_comments(own)}" if documents else own
         documents.append(document)
         chain.append(path.resolve())
         if parent is None:
@@ -300,5 +301,5 @@ def _merge(below: Value, above: Value) -> Value:
     return Value(merged, above.file, above.line)
 
 
-def _as_comments(text: str) -> str:
+def as_comments(text: str) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in text.splitlines())

@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Literal
 
 from bitroute import backends
 from bitroute.backends.base import Backend, TensorSpec
-from bitroute.convert.architecture import Architecture, build
+from bitroute.convert.architecture import Architecture, build, build_model
 from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline
 from bitroute.convert.container import Container, choose
 from bitroute.convert.copies import copies
 from bitroute.convert.document import sorted_problems
 from bitroute.convert.entry import Entry
-from bitroute.convert.profile import find_profile
+from bitroute.convert.inference import infer
+from bitroute.convert.profile import ProfileFile, find_profile
 from bitroute.convert.recipe import ComponentRecipe, Recipe, RecipeFile, read_recipe
 from bitroute.convert.routing import Route, route
 from bitroute.convert.workers import cores
@@ -210,20 +212,19 @@ def _plan_component(
     except SourceError as error:
         problems += error.problems
         return None
-    profile = find_profile(component.class_name)
-    if profile is None and recipe.keep == "profile" and quantizes(recipe):
-        problems.append(_no_profile(component, where))
-    names = architecture.linear
+    knowledge, found = _knowledge(component, recipe, architecture, file)
+    problems += found
     routes, found = route(
-        component.name, recipe, names, architecture.other,
-        profile.roles_of(names) if profile else {}, profile.kept(names) if profile else {}, where,
+        component.name, recipe, architecture.linear, architecture.other,
+        knowledge.roles, knowledge.kept, where, knowledge.origin,
     )  # fmt: skip
     problems += found
     chosen, found = _create_backends(routes, where)
     problems += found
     if found or not set(architecture.linear) <= set(routes):
         return None
-    entries, notes, found = _entries(architecture, routes, chosen, profile.roles_of(names) if profile else {}, where)
+    entries, notes, found = _entries(architecture, routes, chosen, knowledge.roles, where)
+    notes = [*knowledge.notes, *notes]
     problems += found
     if quantizes(recipe) and not found and not any(entry.quantized for entry in entries):
         problems.append(_takes_nothing(component, where))
@@ -233,6 +234,37 @@ def _plan_component(
     if reason:
         notes.append(f"bitroute container, because {reason}")
     return ComponentPlan(component, container, tuple(entries), tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Knowledge:
+    """What the profile says of the linear layers of one component."""
+
+    roles: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
+    origin: Literal["profile", "inferred"] = "profile"
+    notes: tuple[str, ...] = ()
+
+
+def _knowledge(
+    component: Component, recipe: ComponentRecipe, architecture: Architecture, file: RecipeFile
+) -> tuple[_Knowledge, list[Problem]]:
+    """From the profile that the recipe names, else the built-in one, else inferred where it is asked for."""
+    names = architecture.linear
+    own = file.profiles.get(component.name)
+    profile = own.profile if own else find_profile(component.class_name)
+    if profile:
+        wrong = [_other_class(component, own)] if own and profile.class_name != component.class_name else []
+        notes = tuple(own.idle(architecture.layers)) if own and not wrong else ()
+        return _Knowledge(profile.roles_of(names), profile.kept(names), "profile", notes), wrong
+    asked = recipe.keep == "profile" or any(rule.role for rule in recipe.rules)
+    if not (asked and quantizes(recipe)) or recipe.profile:  # a profile that could not be read told its own
+        return _Knowledge(), []
+    inferred = infer(build_model(component))
+    if inferred:
+        found, words = inferred.profile, inferred.words(keeps=recipe.keep == "profile")
+        return _Knowledge(found.roles_of(names), found.kept(names), "inferred", (words,)), []
+    return _Knowledge(), [_no_profile(component, file.where)] if recipe.keep == "profile" else []
 
 
 def _create_backends(routes: Mapping[str, Route], where: Where) -> tuple[dict[Choice, Backend], list[Problem]]:
@@ -303,7 +335,7 @@ def _takes_nothing(component: Component, where: Where) -> Problem:
     return Problem(
         f"the recipe quantizes no layer of {component.name!r}", where(("components", component.name)),
         got="no linear layer that is not kept", expected="convolutions and embeddings are not quantized",
-        next_step="leave the component out: it is then copied untouched",
+        next_step="leave the component out, and it is copied untouched; or say `keep: none` if it has linear layers",
     )  # fmt: skip
 
 
@@ -311,8 +343,16 @@ def _no_profile(component: Component, where: Where) -> Problem:
     return Problem(
         f"no profile is known for {component.class_name}, so nothing says which layers must stay precise",
         where(("components", component.name, "keep")),
+        got="no repeated blocks to infer one from",
         next_step='list them: `keep: ["*embed*", …]`, or say `keep: none` to quantize every linear layer',
     )
+
+
+def _other_class(component: Component, file: ProfileFile) -> Problem:
+    return Problem(
+        f"the profile is for another class than {component.name!r} has", file.document.where(("class",)),
+        got=file.profile.class_name, expected=component.class_name,
+    )  # fmt: skip
 
 
 def _not_native(component: Component, reason: str, where: Where) -> Problem:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,7 +22,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from bitroute import backends
-from bitroute.convert.document import KeyPath, Value, compose, printable, read_text, shown
+from bitroute.convert.document import KeyPath, Value, as_comments, compose, printable, read_text, shown, sorted_problems
+from bitroute.convert.profile import ProfileFile, read_profile
 from bitroute.convert.validation import Levels, near_words, refused, validate
 from bitroute.errors import Problem, RecipeError
 
@@ -34,6 +36,7 @@ __all__ = [
     "builtin_recipes",
     "copy_recipe",
     "read_recipe",
+    "write_new",
 ]
 
 MAX_TEXT = 500
@@ -117,8 +120,15 @@ class ComponentRecipe(_Strict):
     otherwise: Otherwise = Field("refuse", description=_OTHERWISE)
     keep: Annotated[Literal["profile", "none"] | list[str], BeforeValidator(_known_keep)] = Field(
         "profile",
-        description="The layers that no rule touches: what the `profile` of the model class keeps, a list of "
-        "patterns in its place, or `none`.",
+        description="The layers that no rule touches: what the `profile` of the model class keeps (inferred from its "
+        "modules where there is none), a list of patterns in its place, or `none`.",
+    )
+    profile: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="A profile file, relative to this recipe, instead of the built-in profile of the model class; "
+        "`quantize profile MODEL` writes one to edit.",
     )
     rules: list[Rule] = Field(
         [], max_length=MAX_RULES, description="Tried from the top for every layer; the first that matches wins."
@@ -203,7 +213,8 @@ class RecipeFile:
     """What a recipe file says, and everything that is wrong with it.
 
     recipe: what could be understood (None when nothing could); complete only if `problems` is empty.
-    text: the source, followed by the recipes it extends as comments.
+    text: the source, followed by the recipes it extends and the profiles it names as comments.
+    profiles: component → the profile that its recipe names.
     """
 
     name: str
@@ -211,6 +222,7 @@ class RecipeFile:
     recipe: Recipe | None
     problems: list[Problem]
     document: Value
+    profiles: Mapping[str, ProfileFile] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
         """`file:line` of a value of `recipe`, such as ("components", "transformer", "rules", 0)."""
@@ -231,8 +243,38 @@ def read_recipe(name_or_path: str) -> RecipeFile:
     """
     path, name = _locate(name_or_path)
     document, text = compose(path, name, _find)
-    recipe, problems = validate(_LEVELS, document)
-    return RecipeFile(name, text, recipe if isinstance(recipe, Recipe) else None, problems, document)
+    found, problems = validate(_LEVELS, document)
+    recipe = found if isinstance(found, Recipe) else None
+    profiles, bad = _read_profiles(recipe, document) if recipe else ({}, [])
+    for component, file in profiles.items():
+        text += f"\n# profile of {component}:\n{as_comments(file.text)}"
+    return RecipeFile(name, text, recipe, sorted_problems([*problems, *bad]), document, profiles)
+
+
+def _read_profiles(recipe: Recipe, document: Value) -> tuple[dict[str, ProfileFile], list[Problem]]:
+    """The profiles that components name, seen from the recipe that names them."""
+    profiles, problems = dict[str, ProfileFile](), list[Problem]()
+    for component, said in recipe.components.items():
+        if said.profile is None:
+            continue
+        value = document.nearest(("components", component, "profile"))
+        path = Path(value.file).parent / Path(said.profile).expanduser()
+        try:
+            if not path.exists():
+                raise RecipeError(_no_profile_file(said.profile, value.where()))
+            profiles[component] = read_profile(path, printable(str(path)))
+        except OSError as error:
+            problems.append(Problem("cannot find the profile", value.where(), got=str(error)[:MAX_TEXT]))
+        except RecipeError as error:
+            problems += error.problems
+    return profiles, problems
+
+
+def _no_profile_file(name: str, where: str) -> Problem:
+    return Problem(
+        f"no profile {shown(name)}", where, expected="a YAML file, relative to this recipe",
+        next_step="`quantize profile MODEL --out FILE` writes one",
+    )  # fmt: skip
 
 
 def copy_recipe(name: str, target: Path | None = None) -> Path:
@@ -242,25 +284,32 @@ def copy_recipe(name: str, target: Path | None = None) -> Path:
         RecipeError: no such recipe, or the target exists or cannot be written.
     """
     path, called = _locate(name)
-    text = read_text(path, called)
-    place = target or Path(path.name)
+    return write_new(read_text(path, called), target or Path(path.name), path.name)
+
+
+def write_new(text: str, place: Path, name: str) -> Path:
+    """Writes a new file at `place`, or of that name in the folder `place`; returns where it went.
+
+    Raises:
+        RecipeError: the file exists or cannot be written.
+    """
     try:
-        place = place / path.name if place.is_dir() else place
+        place = place / name if place.is_dir() else place
         with open(place, "x", encoding="utf-8", newline="") as stream:
             stream.write(text)
     except (OSError, ValueError) as error:
-        raise RecipeError(_not_copied(place, error)) from error
+        raise RecipeError(_not_written(place, error)) from error
     return place
 
 
-def _not_copied(place: Path, error: OSError | ValueError) -> Problem:
+def _not_written(place: Path, error: OSError | ValueError) -> Problem:
     where = printable(str(place))
     if isinstance(error, FileExistsError):
         return Problem("the file exists already", where, next_step="give another name")
     missing = isinstance(error, FileNotFoundError) and not place.parent.exists()
     mend = f"make the folder first: mkdir -p {shlex.quote(printable(str(place.parent)))}" if missing else ""
     got = error.strerror if isinstance(error, OSError) else str(error)
-    return Problem("cannot write the recipe", where, got=got or "", next_step=mend)
+    return Problem("cannot write the file", where, got=got or "", next_step=mend)
 
 
 def _locate(name: str) -> tuple[Path, str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Literal
 
 from bitroute.convert.document import MAX_PROBLEMS, KeyPath, shown
 from bitroute.convert.pattern import MAX_WAYS, RANGE, Layers, Pattern
@@ -34,7 +35,7 @@ class Route:
     options: Mapping[str, object]
     otherwise: str
     source: KeyPath
-    label: str  # "rule 2", "keep (profile)", "default"
+    label: str  # "rule 2", "keep (profile)", "keep (inferred)", "default"
 
 
 def route(
@@ -45,15 +46,17 @@ def route(
     roles: Mapping[str, str],
     kept: Mapping[str, str],
     where: Callable[[KeyPath], str],
+    origin: Literal["profile", "inferred"] = "profile",
 ) -> tuple[dict[str, Route], list[Problem]]:
     """A route for every layer, and what is wrong with the rules.
 
     linear, other: full names of the linear layers, and of the other layers that have a weight.
     roles: name → role, and kept: name → reason, both as the profile of the model class says.
     where: the place of a recipe value as `file:line`.
+    origin: where roles and kept come from.
     """
     router = _Router(component, recipe, Layers([*linear, *other]), frozenset(linear), roles, where)
-    router.keep(kept)
+    router.keep(kept, origin)
     for index, rule in enumerate(recipe.rules):
         router.apply(index, rule)
     router.fill()
@@ -76,8 +79,8 @@ class _Router:
     def path(self) -> KeyPath:
         return ("components", self.component)
 
-    def keep(self, profile: Mapping[str, str]) -> None:
-        label, names = "keep (profile)", [name for name in self.layers.names if name in profile]
+    def keep(self, profile: Mapping[str, str], origin: str) -> None:
+        label, names = f"keep ({origin})", [name for name in self.layers.names if name in profile]
         if isinstance(self.recipe.keep, list):
             label, names = "keep (list)", []
             for index, text in enumerate(self.recipe.keep):

@@ -161,7 +161,7 @@ def _problem(repo: str, error: BaseException) -> Problem | None:
         return Problem("somebody else changed the repository meanwhile", repo, got, next_step=again)
     if status is not None and (status not in TEMPORARY or status == 429):
         return None
-    return Problem("the upload was interrupted", repo, got, next_step=again)
+    return Problem("the Hub cannot be reached, or the upload was interrupted", repo, got, next_step=again)
 
 
 @contextmanager

@@ -48,7 +48,9 @@ Result = tuple[dict[str, Any], str, int]  # for machines, for people, the exit c
     metavar="NAME[=ARGUMENT]",
     help="Judge each picture alone with a plug-in, such as clip=FOLDER.",
 )
-@click.option("--gate", help="Limits on the means: lpips<0.1,psnr>28; exit code 3 where one fails.")
+@click.option(
+    "--gate", help="Limits on the means: lpips<0.1,psnr>28; exit code 3 where one fails  [default: each recipe's own]"
+)
 @click.option("--device", default="cpu", show_default=True, help="Where the pipelines run: cpu, cuda, mps.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="torch threads; recorded.")
 @click.option("--pictures-only", is_flag=True, help="Leave out the errors of weights, layers, steps and text encoders.")
@@ -66,14 +68,15 @@ def evaluate_folders(
     Draws the same prompts and seeds with every pipeline, measures LPIPS, PSNR, SSIM, MS-SSIM and FLIP beside the noise
     floor, feeds the original's inputs to every denoiser (error per step and per layer), and writes report.html,
     report.json, and report.md and report.png for a model card. What is not said here is taken from the `eval` of the
-    recipe that the first QUANTIZED was made with. Exit codes: 0 good, 1 rejected, 3 the gate failed.
+    recipe that the first QUANTIZED was made with. Pictures are kept in ~/.cache/bitroute/eval (or XDG_CACHE_HOME).
+    Exit codes: 0 good, 1 rejected, 3 the gate failed.
     """
     from bitroute.eval.evaluate import evaluate
     from bitroute.eval.gate import parse_gate
     from bitroute.eval.sampling import call_arguments, parse_seeds
     from bitroute.eval.standalone import parse_scores
 
-    limits = parse_gate(gate)
+    limits = None if gate is None else parse_gate(gate)
     sampling = _sampling(
         _recorded(quantized[0]), device, threads, prompts=prompts, inputs=inputs, pipeline=pipeline,
         seeds=None if seeds is None else parse_seeds(seeds), call=call_arguments(call, steps, size),
@@ -166,7 +169,7 @@ def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> Result:
 
 
 def _evaluate(
-    original: str, quantized: Sequence[str], sampling: Sampling, limits: Sequence[Limit], out: Path,
+    original: str, quantized: Sequence[str], sampling: Sampling, limits: Sequence[Limit] | None, out: Path,
     compare: Callable[..., Evaluation],
 ) -> Result:  # fmt: skip
     """Writes the report: its content, its words, and the exit code."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from bitroute.convert.checkpoint import folder_name, open_pipeline
 from bitroute.convert.reading import read_json
-from bitroute.errors import JobError, Problem
+from bitroute.errors import JobError, Problem, RecipeError
 from bitroute.eval.apart import Heard
 from bitroute.eval.calling import check_call
-from bitroute.eval.gate import Limit
+from bitroute.eval.gate import Limit, parse_gate
 from bitroute.eval.judge import Candidate, Run, Yardstick, draw, judge
 from bitroute.eval.recording import record_apart
 from bitroute.eval.sampling import Sample, Sampling, library_versions
@@ -39,12 +39,13 @@ class Evaluation(Yardstick):
 
 
 def evaluate(
-    original: str, quantized: Sequence[str], sampling: Sampling, *, limits: Sequence[Limit] = (),
+    original: str, quantized: Sequence[str], sampling: Sampling, *, limits: Sequence[Limit] | None = None,
     share_text: bool = True, denoiser: bool = True, scores: Sequence[Chosen] = (), cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Compares quantized pipelines with their original on the same prompts, seeds and settings.
 
+    limits: the gate of all candidates; None: that of the recipe that each was made with.
     share_text: every candidate uses the original's text encoders, so that only the other components differ.
     denoiser: also measure the weights, and feed the original's inputs to every candidate's denoiser and text encoders:
     their error, that of every step, and that of every layer. scores: plug-ins that judge each picture alone.
@@ -57,6 +58,7 @@ def evaluate(
     report = progress or (lambda what, far: None)
     source = _folder(original)
     folders = distinct_names(_folder(model) for model in quantized)
+    _check_direction(source, folders)
     check_call(source, sampling)
     for chosen in scores:
         check(chosen)
@@ -65,7 +67,8 @@ def evaluate(
     beside = replace(beside, recorded=recorded, scores=scores)
     candidates = []
     for name, folder in folders.items():
-        candidates.append(judge(name, folder, beside, limits, _stage(report, name)))
+        gate = _recorded_gate(folder) if limits is None else limits
+        candidates.append(judge(name, folder, beside, gate, _stage(report, name)))
     return Evaluation(**vars(beside), candidates=candidates, environment=_environment(sampling))
 
 
@@ -113,6 +116,24 @@ def _floor(
         "drawn again": score(samples, drawn.pictures, again.pictures),
         "another attention kernel": score(samples, drawn.pictures, kernel.pictures),
     }
+
+
+def _check_direction(original: Path, quantized: Mapping[str, Path]) -> None:
+    if provenance_of(original) and not any(provenance_of(folder) for folder in quantized.values()):
+        raise RecipeError(
+            Problem("the original is a quantized checkpoint, and no candidate is", str(original),
+                    next_step="give the original first, then the quantized ones")
+        )  # fmt: skip
+
+
+def _recorded_gate(model: Path) -> list[Limit]:
+    """Empty where nothing readable is recorded; a damaged record is a tripwire."""
+    recorded = (provenance_of(model) or {}).get("eval")
+    gate = recorded.get("gate") if isinstance(recorded, dict) else None
+    try:
+        return parse_gate(gate if isinstance(gate, dict) else None)
+    except RecipeError:
+        return []
 
 
 def _stage(report: Progress, what: str) -> Heard:

@@ -45,13 +45,13 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_report(evaluation: Evaluation, folder: Path) -> dict[str, Any]:
+def write_report(evaluation: Evaluation, folder: str | Path) -> dict[str, Any]:
     """`pictures/` and report.json, the JSON last; returns its content.
 
     Raises:
         JobError: the folder cannot be written.
     """
-    content = describe(evaluation)
+    content, folder = describe(evaluation), Path(folder)
     try:
         _copy_pictures(evaluation, folder)
         partial = folder / "report.json.part"
