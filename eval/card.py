@@ -93,10 +93,7 @@ def _how(content: Json) -> str:
     call = ", ".join(f"{name} = {value}" for name, value in sampling["call"].items())
     given = [sampling["pipeline"]] if sampling["pipeline"] else []
     given += [f"{name} given" for name in sampling["inputs"]]
-        *([sampling["pipeline"]] if sampling["pipeline"] else []),
-        *(f"{name} given" for name in sampling["inputs"]),
-    ]
-    drawn = f"{_count(sampling['prompts'], 'prompt')}, {_count(sampling['seeds'], 'seed')}{''.join(f', {words}' for words in given)}"
+    drawn = ", ".join([_count(sampling["prompts"], "prompt"), _count(sampling["seeds"], "seed"), *given])
     notes = "".join(f" {note}." for note in content["notes"])
     return escaped(
         f"Every picture is compared with that of the original, {original['name']} ({size(original['size_bytes'])}), "

@@ -45,7 +45,8 @@ def comparison(*candidates: Json, prompts: Sequence[str] = ("apple", "fox", "gui
             "low": 0.08, "high": 0.12, "wins": 4, "prompts": 4, "p": 0.01, "significant": True}  # fmt: skip
     return {
         "original": {"name": "tiny", "size_bytes": 11_160_000, "pictures": "pictures/original"},
-        "sampling": {"prompts": list(prompts), "seeds": [0], "call": {"height": 64, "note": EVIL}},
+        "sampling": {"prompts": list(prompts), "seeds": [0], "call": {"height": 64, "note": EVIL},
+                     "pipeline": None, "inputs": {}},
         "floor": {"drawn again": scores(0.0, "identical")}, "notes": ["small pictures"],
         "candidates": list(candidates), "by_quality": [found["name"] for found in candidates],
         "pairs": [pair] if len(candidates) > 1 else [],
