@@ -100,6 +100,22 @@ def test_a_failed_gate_ends_with_3_and_the_table_and_the_reason_are_on_stdout(
 
 
 @pytest.mark.usefixtures("first")
+def test_without_a_gate_the_one_of_the_candidates_recipe_is_judged(run: Eval, place: Path, convert: Convert) -> None:
+    found = run("builtin:tiny-flux", convert("tiny-flux-fp8"), "--out", place / "own", "--json")
+    (candidate,) = json.loads(found.stdout)["candidates"]
+    assert [limit["limit"] for limit in candidate["gate"]] == ["lpips < 0.001", "psnr > 45"]
+    assert found.exit_code == (0 if candidate["passed"] else 3)
+
+
+def test_a_quantized_original_beside_an_unquantized_candidate_is_taken_for_a_slip(
+    run: Eval, place: Path, convert: Convert
+) -> None:
+    found = run(convert("tiny-flux-fp8"), "builtin:tiny-flux", "--out", place / "swapped")
+    assert found.exit_code == 2, found.output
+    assert "give the original first" in found.stderr and not (place / "swapped").exists()
+
+
+@pytest.mark.usefixtures("first")
 def test_candidates_of_two_reports_are_compared(run: Eval, place: Path, convert: Convert) -> None:
     run("builtin:tiny-flux", convert("tiny-flux-nf4"), "--out", place / "second")
     arguments = ["compare", str(place / "first"), str(place / "second"), "--out", str(place / "both")]
