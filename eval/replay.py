@@ -140,9 +140,12 @@ class Recorded:
         items = [self.unpack(item, device) for item in content]
         return items if kind == "list" else tuple(items)
 
-    def layer_inputs(self, layer: str) -> Iterator[Tensor]:
-        """Rows [n, in] of each recorded call."""
-        yield from (self.read(name) for name in self.names if name.rpartition("/")[0] == layer)
+    def layer_inputs(self, layer: str) -> Iterator[tuple[int, Tensor]]:
+        """The step and rows [n, in] of each recorded call."""
+        for name in self.names:
+            recorded, _, call = name.rpartition("/")
+            if recorded == layer:
+                yield self.calls[int(call) - 1]["step"], self.read(name)
 
 
 def _tensor_names(packed: Json) -> Iterator[str]:
@@ -298,8 +301,11 @@ def _layer_errors(candidate: Path, original: Path, name: str, tapes: Sequence[Re
         inputs = [x for tape in tapes[:LAYER_SAMPLES] for x in tape.layer_inputs(f"{name}/{entry.layer}")]
         if entry.quantized and inputs:
             layer = f"{name}.{entry.layer}" if several else entry.layer
-            error = _layer_error(recorded, entry, sources[entry.name], inputs, layer)
-            yield {"layer": layer, "backend": entry.backend.name, "relative_error": error}
+            steps = _layer_error(recorded, entry, sources[entry.name], inputs, layer)
+            yield {
+                "layer": layer, "backend": entry.backend.name, "relative_error": fmean(steps.values()),
+                "steps": [{"step": step, "relative_error": error} for step, error in sorted(steps.items())],
+            }  # fmt: skip
 
 
 def _recorded_component(candidate: Path, name: str) -> RecordedComponent | None:
@@ -309,14 +315,18 @@ def _recorded_component(candidate: Path, name: str) -> RecordedComponent | None:
 
 
 def _layer_error(
-    recorded: RecordedComponent, entry: RecordedEntry, source: StoredTensor, inputs: Sequence[Tensor], where: str
-) -> float:
-    """||x(Ŵ - W)ᵀ|| / ||xWᵀ|| in float32, the mean over the calls; x [n, in], W and Ŵ [out, in]."""
+    recorded: RecordedComponent, entry: RecordedEntry, source: StoredTensor, inputs: Sequence[tuple[int, Tensor]],
+    where: str,
+) -> dict[int, float]:  # fmt: skip
+    """Step → ||x(Ŵ - W)ᵀ|| / ||xWᵀ|| in float32, the mean over its calls; x [n, in], W and Ŵ [out, in]."""
     tensors = recorded.component.tensors
     stored = {suffix: read_tensor(tensors[place]) for suffix, (place, _) in entry.tensors.items()}
     weight = read_tensor(source).float()
     decoded = entry.backend.decode(stored, entry.weight)
-    return fmean(checked_error(x.float() @ decoded.T, x.float() @ weight.T, where) for x in inputs)
+    errors: dict[int, list[float]] = {}
+    for step, x in inputs:
+        errors.setdefault(step, []).append(checked_error(x.float() @ decoded.T, x.float() @ weight.T, where))
+    return {step: fmean(found) for step, found in errors.items()}
 
 
 def _work(request: Json) -> None:

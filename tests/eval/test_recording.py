@@ -130,7 +130,7 @@ def test_a_text_encoder_may_answer_with_several_tensors_or_one(form: Callable[[A
 
 def test_layer_inputs_are_a_few_rows_at_three_steps_of_two_samples(recorded: Path) -> None:
     layer = "transformer/transformer_blocks.0.attn.to_q"
-    found = [list(Recorded(recorded / f"{n:04d}-0.safetensors").layer_inputs(layer)) for n in range(3)]
+    found = [[x for _, x in Recorded(recorded / f"{n:04d}-0.safetensors").layer_inputs(layer)] for n in range(3)]
     assert [len(inputs) for inputs in found] == [3, 3, 0]
     assert all(x.shape[-1] == 192 and 1 < len(x) <= LAYER_ROWS for inputs in found for x in inputs)
 

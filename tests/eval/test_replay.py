@@ -94,6 +94,10 @@ def test_each_quantized_layer_is_there_worst_first_with_its_backend(
     ordered = [found["relative_error"] for found in layers]
     assert ordered == sorted(ordered, reverse=True)
     assert 0 < ordered[-1] < ordered[0] < 0.2
+    for found in layers:
+        errors = [at["relative_error"] for at in found["steps"]]
+        assert len(errors) == 3 and found["relative_error"] == pytest.approx(sum(errors) / 3)
+    assert len({tuple(at["step"] for at in found["steps"]) for found in layers}) == 1
 
 
 def test_prompts_and_steps_have_the_same_mean(play: Callable[[Path], Replay], quantized: Callable[[str], Path]) -> None:
