@@ -7,6 +7,7 @@ there and peak memory is that of one pipeline.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ import bitroute  # noqa: F401  registers the loader of bitroute's own container
 from bitroute.convert.checkpoint import Component, open_pipeline
 from bitroute.convert.loading import lift_gpu_check
 from bitroute.convert.reading import read_json
+from bitroute.errors import SourceError
 from bitroute.eval.apart import Heard, answer, run_apart, tell
 from bitroute.eval.calling import find_class, frames_of, run_pipeline, watch_latents
 from bitroute.eval.sampling import Sample, Sampling
@@ -107,8 +109,17 @@ def load(model: Path, device: str, text_from: Path | None = None, pipeline: str 
 
 def _is_finished(sampling: Sampling, folder: Path) -> bool:
     """run.json is written last; a picture may have been removed since."""
-    wanted = ["run.json", *(f"{sample.stem}.png" for sample in sampling.samples())]
-    return all((folder / name).is_file() for name in wanted)
+    drawn = all((folder / f"{sample.stem}.png").is_file() for sample in sampling.samples())
+    return drawn and _is_sound(folder / "run.json")
+
+
+def _is_sound(measured: Path) -> bool:
+    """Whether it is there, with nothing but numbers."""
+    try:
+        values = read_json(measured).values()
+    except SourceError:
+        return False
+    return bool(values) and all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in values)
 
 
 def _text_encoders(folder: Path) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from bitroute.eval.replay import Replay, replay_apart
 from bitroute.eval.sampling import Sample, Sampling
 from bitroute.eval.scores import Scores, read_pictures, score
 from bitroute.eval.standalone import Chosen, standalone
-from bitroute.eval.tripwires import bad_pictures, unquantized, unrelated
+from bitroute.eval.tripwires import bad_pictures, broken_text, unquantized, unrelated
 from bitroute.eval.weights import weigh
 
 FLOOR_DB = 1.0  # a candidate within 1 dB of the noise floor is indistinguishable from the original
@@ -134,7 +134,7 @@ def _replay(found: Candidate, beside: Yardstick, heard: Heard | None) -> Candida
         return found
     cache = beside.store / f"{beside.sampling.key(found.model, beside.original)}-replayed"
     found_errors = replay_apart(found.model, beside.original, beside.recorded, beside.sampling, cache, heard)
-    return replace(found, replay=found_errors)
+    return _tripped(replace(found, replay=found_errors), broken_text(found_errors.text))
 
 
 def _tripped(found: Candidate, reasons: Iterable[str]) -> Candidate:

@@ -132,3 +132,11 @@ def test_a_process_that_is_killed_from_outside_is_reported_as_that(
         children.pop().kill()
         with pytest.raises(JobError, match="ended by signal 9, which may mean that memory ran out"):
             done.result()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"load_seconds": "x"}', '{"load_seconds": Infinity}'])
+def test_damaged_measurements_are_taken_again(tiny: Path, sampling: Sampling, tmp_path: Path, content: str) -> None:
+    draw(tiny, sampling, tmp_path)
+    (tmp_path / "run.json").write_text(content)
+    draw(tiny, sampling, tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["pictures"] == 0

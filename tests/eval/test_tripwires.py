@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitroute.errors import JobError
 from bitroute.eval.sampling import Sample
-from bitroute.eval.tripwires import bad_pictures, unquantized, unrelated
+from bitroute.eval.tripwires import bad_pictures, broken_text, unquantized, unrelated
 
 SAMPLES = [Sample(0, "a fox", 0), Sample(1, "a cat", 0)]
 NAME = "diffusion_pytorch_model.safetensors"
@@ -138,3 +139,16 @@ def test_weights_that_cannot_be_read_are_not_taken_for_the_originals(tiny: Path,
     shutil.move(source / "vae" / NAME, source / "vae" / "diffusion_pytorch_model.bin")
     assert list(unquantized(tiny, source, True)) == []
     assert list(unquantized(source, source, True)) == []
+
+
+def test_a_text_encoder_that_says_something_else_is_named() -> None:
+    errors = {"text_encoder": {"relative_error": 1.0}, "text_encoder_2": {"relative_error": 0.06}}
+    assert list(broken_text(errors)) == ["'text_encoder' encodes prompts unlike the original's: relative error 1.00"]
+
+
+def test_damaged_latents_name_the_folder_to_remove(tmp_path: Path) -> None:
+    sample = Sample(0, "fox", 0)
+    (tmp_path / f"{sample.stem}.safetensors").write_bytes(b"damaged")
+    picture = torch.randint(0, 255, (3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(JobError, match="remove "):
+        list(bad_pictures([sample], [picture], tmp_path))
