@@ -248,7 +248,8 @@ def read_recipe(name_or_path: str) -> RecipeFile:
     profiles, bad = _read_profiles(recipe, document) if recipe else ({}, [])
     for component, file in profiles.items():
         text += f"\n# profile of {component}:\n{as_comments(file.text)}"
-    return RecipeFile(name, text, recipe, sorted_problems([*problems, *bad]), document, profiles)
+    problems = sorted_problems([*problems, *bad]) if bad else problems  # those of the recipe are counted already
+    return RecipeFile(name, text, recipe, problems, document, profiles)
 
 
 def _read_profiles(recipe: Recipe, document: Value) -> tuple[dict[str, ProfileFile], list[Problem]]:
