@@ -33,6 +33,9 @@ def check_push(target: Target, base: str | None) -> bool | None:
     Raises:
         RecipeError: every reason why not.
     """
+    if base and base.lower() == target.repo.lower():
+        what = "this repository holds the base model: publishing there would replace it"
+        raise RecipeError(Problem(what, base, next_step="give another OWNER/NAME"))
     private = find_target(target)
     stays_private = target.private if private is None else private
     if base and not (stays_private or target.accept_license) and (gated := is_gated(base)) is not False:
@@ -76,6 +79,9 @@ def push(
     origin = find_origin(record, base_model)
     for note in filter(None, (unevaluated, origin.note)):
         say(f"note: {note}")
+    verification = verification or _verify(folder, say)
+    for note in verification.notes:
+        say(f"note: {note}")
     trial = _prove(folder, record, verification, say)
     card = model_card(CardInputs(folder, record, origin, trial, quality), target.repo, _branch(target))
     contents: dict[str, str | bytes] = {**files, **_beside(card, quality)}
@@ -114,18 +120,19 @@ def _branch(target: Target) -> str | None:
     return None if named == "main" or named.startswith("refs/") else named
 
 
-def _prove(folder: Path, record: Record, given: Verification | None, say: Progress) -> Trial:
-    if given is None:
-        say(f"verifying {folder}")
-        given = verify(folder)
-    elif given.verified:
-        _check_unchanged(folder, record, given)
+def _verify(folder: Path, say: Progress) -> Verification:
+    say(f"verifying {folder}")
+    return verify(folder)
+
+
+def _prove(folder: Path, record: Record, given: Verification, say: Progress) -> Trial:
     if given.problems:
         raise SourceError(given.problems)
     say("loading the pipeline in a fresh process")
     trial = try_loading(folder, record)
     if trial.problem:
         raise SourceError(trial.problem)
+    _check_unchanged(folder, record, given)  # last, because what is sent is what was verified
     if trial.note:
         say(f"note: {trial.note}")
     return trial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from bitroute.convert.reading import CONFIG_LIMIT_BYTES, read_json
 from bitroute.errors import Problem, SourceError
 
 SCHEMA = "bitroute-report/1"
+PNG = b"\x89PNG\r\n\x1a\n"
+FOREIGN = re.compile(r"(?<!\\)<|(?<!\\)\]\(|^\s*#", re.MULTILINE)  # tags, links, headings: report.md escapes them
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,25 @@ def _check_verdict(candidate: Mapping[str, Any], place: Path) -> None:
 
 
 def _quality(candidate: Mapping[str, Any], place: Path) -> Quality:
-    table, picture = place / "report.md", place / "report.png"
-    text = ""
-    if table.is_file():
-        check_regular(table)
-        text = table.read_text("utf-8", "replace")[:CONFIG_LIMIT_BYTES]
-    return Quality(str(candidate["verdict"]), text.strip(), picture if picture.is_file() else None)
+    table, picture = _own(place / "report.md"), _own(place / "report.png")
+    text = table.read_text("utf-8", "replace")[:CONFIG_LIMIT_BYTES].strip() if table else ""
+    if FOREIGN.search(text):
+        raise _not_written(place / "report.md", "Markdown or HTML that no report has")
+    if picture and not picture.read_bytes().startswith(PNG):
+        raise _not_written(picture, "no PNG")
+    return Quality(str(candidate["verdict"]), text, picture)
+
+
+def _own(file: Path) -> Path | None:
+    """Never what a link leads to: it would be published."""
+    if file.is_symlink():
+        raise _not_written(file, "a link")
+    if not file.is_file():
+        return None
+    check_regular(file)
+    return file
+
+
+def _not_written(file: Path, got: str) -> SourceError:
+    mend = "evaluate again, or remove the file and publish without it"
+    return SourceError(Problem("this is not what `quantize eval` wrote", str(file), got=got, next_step=mend))

@@ -155,6 +155,16 @@ def _sampling(
     )  # fmt: skip
 
 
+def _check_place(out: Path, models: Sequence[str]) -> None:
+    """A report inside a model would be taken for a part of it."""
+    from bitroute.errors import RecipeError
+
+    for folder in (Path(model).expanduser() for model in models):
+        if folder.is_dir() and folder.resolve() in (out.resolve(), *out.resolve().parents):
+            mend = "give another --out"
+            raise RecipeError(Problem("the report would lie in a model", str(out), got=str(folder), next_step=mend))
+
+
 def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> Result:
     """The report of a finished job goes beside its folder."""
     from bitroute.eval.evaluate import evaluate
@@ -178,6 +188,7 @@ def _evaluate(
     from bitroute.eval.page import write_page
     from bitroute.eval.report import table, write_report
 
+    _check_place(out, [original, *quantized])
     with Stages("drawing") as stages:
         found = compare(original, quantized, sampling, limits=limits, progress=stages.say)
     content = write_report(found, out)

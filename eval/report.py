@@ -18,6 +18,7 @@ from bitroute.errors import JobError, Problem
 from bitroute.eval.evaluate import Evaluation, provenance_of
 from bitroute.eval.intervals import Mean
 from bitroute.eval.judge import FLOOR_DB, Candidate
+from bitroute.eval.sampling import files_in
 from bitroute.eval.scores import TITLES, Scores, plain, words
 
 SCHEMA = "bitroute-report/1"
@@ -133,7 +134,7 @@ def denoiser_error(candidate: Candidate) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files_in(folder))
 
 
 def _candidate(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:

@@ -187,8 +187,17 @@ def _value(text: str) -> Any:
 
 def _identity(folder: Path) -> list[Any]:
     """Names, sizes and change times: hashing 24 GB would take longer than drawing the pictures."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    found = sorted(files_in(folder))
     return [
         str(folder.resolve()),
         *([str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in found),
     ]
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Every file that a loader finds, those of linked folders too; a folder that contains itself is entered once."""
+    seen = set[Path]()
+    for place, folders, found in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if (Path(place) / name).resolve() not in seen]
+        seen.update((Path(place) / name).resolve() for name in folders)
+        yield from (file for name in found if (file := Path(place) / name).is_file())

@@ -22,6 +22,7 @@ from bitroute.eval.sampling import Sample
 FLAT_STD = 2.0  # of 255: below it a picture is one colour
 SATURATED = 0.98  # of the values at 0 or 255; white backgrounds leave colours elsewhere
 
+FAR = 0.6  # LPIPS, where there are no other prompts to compare with; noise is 0.65 from a picture
 BROKEN_TEXT = 0.5  # relative error of a text encoder; in four bits it is 0.06
 
 
@@ -62,11 +63,11 @@ def unquantized(original: Path, candidate: Path, share_text: bool) -> Iterator[s
 
 def unrelated(lpips: float, of_other_prompts: float | None) -> Iterator[str]:
     """A sentence where the candidate is as far from the original as pictures of something else."""
+    what = f"the pictures have nothing to do with the original's: LPIPS {lpips:.2f}"
     if of_other_prompts is not None and lpips >= of_other_prompts:
-        yield (
-            f"the pictures have nothing to do with the original's: LPIPS {lpips:.2f}, and those of other prompts "
-            f"are {of_other_prompts:.2f} away"
-        )
+        yield f"{what}, and those of other prompts are {of_other_prompts:.2f} away"
+    elif of_other_prompts is None and lpips >= FAR:
+        yield f"{what}, and from {FAR} on no candidate is believed"
 
 
 def broken_text(errors: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -115,6 +115,13 @@ def test_a_quantized_original_beside_an_unquantized_candidate_is_taken_for_a_sli
     assert "give the original first" in found.stderr and not (place / "swapped").exists()
 
 
+def test_a_report_does_not_go_into_a_model(run: Eval, convert: Convert) -> None:
+    model = convert("tiny-flux-fp8")
+    found = run("builtin:tiny-flux", model, "--out", model / "report")
+    assert found.exit_code == 2, found.output
+    assert "would lie in a model" in found.stderr and not (model / "report").exists()
+
+
 @pytest.mark.usefixtures("first")
 def test_candidates_of_two_reports_are_compared(run: Eval, place: Path, convert: Convert) -> None:
     run("builtin:tiny-flux", convert("tiny-flux-nf4"), "--out", place / "second")

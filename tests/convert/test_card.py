@@ -54,7 +54,7 @@ def write_report(folder: Path, **changed: Any) -> Path:
     content = {"schema": "bitroute-report/1", "candidates": [{**candidate, **changed}]}
     (place / "report.json").write_text(json.dumps(content))
     (place / "report.md").write_text("| LPIPS |\n| --- |\n| 0.0009 |\n")
-    (place / "report.png").write_bytes(b"a picture")
+    (place / "report.png").write_bytes(b"\x89PNG\r\n\x1a\n and a picture")
     return place
 
 
@@ -191,6 +191,23 @@ def test_no_line_of_code_closes_its_fence(code: str) -> None:
 
 
 # The report
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.png"])
+def test_what_a_link_in_the_report_leads_to_is_not_published(mixed: Path, name: str) -> None:
+    place, secret = write_report(mixed), mixed.with_name("secret")
+    secret.write_text("hf_secret")
+    (place / name).unlink()
+    (place / name).symlink_to(secret)
+    with pytest.raises(SourceError, match="a link"):
+        find_quality(mixed)
+
+
+@pytest.mark.parametrize("text", ["<img src=x>", "[click](javascript:x)", "ok\n\n## License\n\nPublic domain"])
+def test_what_no_report_says_is_not_published(mixed: Path, text: str) -> None:
+    (write_report(mixed) / "report.md").write_text(text)
+    with pytest.raises(SourceError, match="this is not what `quantize eval` wrote"):
+        find_quality(mixed)
 
 
 def test_the_report_beside_the_checkpoint_goes_into_its_card(mixed: Path) -> None:

@@ -338,3 +338,23 @@ def test_a_recipe_says_where_its_result_goes(write_recipe: Callable[[str], str])
 def test_a_misspelt_push_is_explained(write_recipe: Callable[[str], str], line: str, words: str) -> None:
     found = read_recipe(write_recipe(f"components: {{transformer: {{backend: int8}}}}\n{line}\n"))
     assert words in "\n".join(map(str, found.problems))
+
+
+def test_a_checkpoint_never_replaces_its_own_base(me: Hub, base: str) -> None:
+    assert base
+    assert "would replace it" in refusal(Target(BASE, private=True), BASE.upper())
+
+
+def test_what_is_sent_is_what_was_verified(me: Hub, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    run(fetch(plan("tiny-flux-fp8", BASE)), folder)
+    found = verify(folder, load=False)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+
+    def change(words: str) -> None:
+        if "fresh process" in words:
+            file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    with pytest.raises(SourceError, match="changed after it was verified"):
+        push(folder, Target(REPO, accept_license=True), verification=found, progress=change)
+    assert REPO not in me.repositories

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bitroute.errors import RecipeError
-from bitroute.eval.sampling import Sampling, call_arguments, parse_seeds, prompt_sets, read_prompts
+from bitroute.eval.sampling import Sampling, call_arguments, files_in, parse_seeds, prompt_sets, read_prompts
 
 
 @pytest.fixture
@@ -165,3 +165,16 @@ def test_the_models_files_are_in_the_key(source: Path, tiny: Path) -> None:
     (source / "vae" / "config.json").unlink()
     keys += [sampling.key(source), sampling.key(tiny), sampling.key(source, tiny)]
     assert len(set(keys)) == len(keys)
+
+
+def test_the_key_changes_with_files_behind_a_linked_folder(tmp_path: Path) -> None:
+    model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    model.mkdir()
+    elsewhere.mkdir()
+    (model / "transformer").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "loop").symlink_to(model, target_is_directory=True)
+    (elsewhere / "weights").write_bytes(b"good")
+    before = Sampling(("fox",)).key(model)
+    (elsewhere / "weights").write_bytes(b"destroyed")
+    assert Sampling(("fox",)).key(model) != before
+    assert sum(file.stat().st_size for file in files_in(model)) == 9

@@ -94,6 +94,7 @@ def test_many_bad_pictures_make_one_short_sentence(tmp_path: Path) -> None:
 def test_pictures_as_far_away_as_those_of_other_prompts_have_nothing_in_common() -> None:
     assert list(unrelated(0.3, 0.5)) == list(unrelated(0.3, None)) == []
     assert "nothing to do with the original's: LPIPS 0.61" in next(unrelated(0.61, 0.5))
+    assert "nothing to do with the original's: LPIPS 0.65" in next(unrelated(0.65, None))
 
 
 @pytest.mark.parametrize("share_text", [True, False])
