@@ -168,14 +168,10 @@ def _check_place(out: Path, models: Sequence[str]) -> None:
 def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> Result:
     """The report of a finished job goes beside its folder."""
     from bitroute.eval.evaluate import evaluate
-    from bitroute.eval.gate import parse_gate
 
-    recipe = planned.recipe.recipe
-    gate = recipe.eval.gate if recipe and recipe.eval else {}
-    limits = parse_gate({str(metric): limit for metric, limit in gate.items()})
     report = folder.with_name(f"{folder.name}-report")
     original = str(planned.pipeline.folder) if planned.pipeline.hub else planned.pipeline.name  # pinned, no request
-    return _evaluate(original, [str(folder)], sampling, limits, report, evaluate)
+    return _evaluate(original, [str(folder)], sampling, None, report, evaluate)
 
 
 def _evaluate(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+import yaml
 from torch import nn
 
 from bitroute.convert.profile import Profile, find_profile
@@ -41,3 +44,16 @@ def profile_of(class_name: str) -> Profile:
     found = find_profile(class_name)
     assert found and found.class_name == class_name
     return found
+
+
+def write_index(folder: Path, classes: dict[str, str]) -> None:
+    library = {name: "diffusers" if hasattr(diffusers, name) else "transformers" for name in classes.values()}
+    entries = {component: [library[name], name] for component, name in classes.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **entries}))
+
+
+def recipe(tmp_path: Path, model: Path, **backends: str) -> str:
+    components = {name: {"backend": backend, "keep": "profile"} for name, backend in backends.items()}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"model": str(model), "components": components}))
+    return str(file)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import yaml
-from families import linear, make, on_meta, profile_of, weighted
+from families import linear, make, on_meta, profile_of, recipe, weighted, write_index
 from torch import nn
 
 from bitroute import plan, quantize, verify
@@ -203,12 +201,6 @@ def test_the_probe_runs_one_forward_pass_from_the_config_alone(class_name: str, 
     assert output.isfinite().all() and output.std() > 0
 
 
-def write_index(folder: Path, classes: dict[str, str]) -> None:
-    library = {name: "diffusers" if hasattr(diffusers, name) else "transformers" for name in classes.values()}
-    entries = {component: [library[name], name] for component, name in classes.items()}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **entries}))
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """A random pipeline folder of a family, with its real component names."""
@@ -223,13 +215,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Build:
         return folder
 
     return build
-
-
-def recipe(tmp_path: Path, model: Path, **backends: str) -> str:
-    components = {name: {"backend": backend, "keep": "profile"} for name, backend in backends.items()}
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump({"model": str(model), "components": components}))
-    return str(file)
 
 
 def test_wan_quantized_with_every_backend_of_its_recipes_loads_without_bitroute_and_runs(
