@@ -10,14 +10,16 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bitroute.errors import BackendError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from bitroute.backends.base import Backend
 
-__all__ = ["available", "create", "find", "suggest"]
+__all__ = ["Kind", "available", "create", "find", "suggest"]
+
+Kind = Literal["8-bit", "w8a8", "4-bit"]  # weights of 8 bits alone; with 8-bit activations; weights of 4 to 6 bits
 
 _DISTRIBUTIONS = {"optimum": "optimum-quanto"}  # import name → what pip calls it, where they differ
 _ELSEWHERE = {

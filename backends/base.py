@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from bitroute.backends import Kind
 from bitroute.errors import BackendError, Problem, did_you_mean
 
 CODES = {  # as safetensors headers spell dtypes
@@ -126,6 +127,17 @@ class Backend(ABC):
         fields = dataclasses.fields(self)
         values = {option.name: getattr(self, option.name) for option in fields}
         return {option.name: values[option.name] for option in fields if values[option.name] != option.default}
+
+    @property
+    def kind(self) -> Kind | None:
+        """What a profile's keep list must know of the format; None where it loses nothing."""
+        if self.name == "keep":
+            return None
+        weight = TensorSpec((256, 256), torch.bfloat16)
+        bits = 8 * sum(spec.size_bytes for spec in self.outputs(weight).values()) / weight.numel
+        if bits < 7:
+            return "4-bit"
+        return "8-bit" if getattr(self, "activations", "none") == "none" else "w8a8"
 
     def refuse(self, weight: TensorSpec) -> str | None:
         """Why this format cannot hold such a weight ([out, in]), or None; what no format can hold is refused here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from bitroute.convert.download import HubSource
 
 BUILTIN = "builtin:"
+View = Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]]
 Access = Literal["download", "outline", "cache"]  # of a model on the Hub
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 PICKLE_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "pytorch_model"}
@@ -35,6 +37,7 @@ class Component:
     class_name: str
     folder: Path
     allow_pickle: bool = False
+    views: tuple[View, ...] = ()  # what the stored tensors are read as, one after the other
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -59,6 +62,8 @@ class Component:
                         Problem(f"tensor {name!r} stands in two files", str(file), got=str(found[name].file))
                     )
                 found[name] = tensor
+        for view in self.views:
+            found = view(found)
         return found
 
     def _files(self) -> list[Path]:

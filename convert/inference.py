@@ -284,7 +284,7 @@ def _written(
     write: Callable[[list[str]], list[str]],
 ) -> Profile:  # fmt: skip
     kept = [
-        KeptLayers(layers=text, why=words, source=SOURCE)
+        KeptLayers.model_validate({"layers": text, "why": words, "source": SOURCE})
         for reason, words in WHY.items()
         if (names := [name for name in reasons if reasons[name] == reason])
         for text in write(names)

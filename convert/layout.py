@@ -9,10 +9,12 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from bitroute.backends.base import CODES, TensorSpec
 from bitroute.convert.document import shown
@@ -33,6 +35,17 @@ class StoredTensor:
     spec: TensorSpec
     file: Path
     offset: int  # of the first payload byte, from the start of the file
+
+
+@dataclass(frozen=True)
+class DerivedTensor(StoredTensor):
+    """A tensor that no file holds as it is: computed from stored ones, anew each time it is read.
+
+    file, offset: of the first part, for errors. compute: the parts, whole and in order → a tensor of `spec`.
+    """
+
+    parts: tuple[StoredTensor, ...]
+    compute: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)

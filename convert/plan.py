@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Literal
 
 from bitroute import backends
+from bitroute.backends import Kind
 from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.architecture import Architecture, build, build_model
 from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline
@@ -216,7 +217,7 @@ def _plan_component(
     problems += found
     routes, found = route(
         component.name, recipe, architecture.linear, architecture.other,
-        knowledge.roles, knowledge.kept, where, knowledge.origin,
+        knowledge.roles, knowledge.kept, where, knowledge.origin, _kind,
     )  # fmt: skip
     problems += found
     chosen, found = _create_backends(routes, where)
@@ -241,7 +242,7 @@ class _Knowledge:
     """What the profile says of the linear layers of one component."""
 
     roles: Mapping[str, str] = field(default_factory=dict)
-    kept: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, frozenset[Kind]] = field(default_factory=dict)
     origin: Literal["profile", "inferred"] = "profile"
     notes: tuple[str, ...] = ()
 
@@ -265,6 +266,14 @@ def _knowledge(
         found, words = inferred.profile, inferred.words(keeps=recipe.keep == "profile")
         return _Knowledge(found.roles_of(names), found.kept(names), "inferred", (words,)), []
     return _Knowledge(), [_no_profile(component, file.where)] if recipe.keep == "profile" else []
+
+
+def _kind(backend: str, options: Mapping[str, object]) -> Kind | None:
+    """None also for options that are refused, with their line, where the backend is made."""
+    try:
+        return backends.create(backend, **options).kind
+    except BackendError:
+        return None
 
 
 def _create_backends(routes: Mapping[str, Route], where: Where) -> tuple[dict[Choice, Backend], list[Problem]]:

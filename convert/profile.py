@@ -11,16 +11,29 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bitroute.backends import Kind
 from bitroute.convert.document import MAX_PROBLEMS, KeyPath, Value, parse, read_text, shown
 from bitroute.convert.pattern import Layers, Pattern
 from bitroute.errors import Problem, RecipeError
 
-__all__ = ["ProbeInput", "Profile", "ProfileFile", "find_profile", "profiles", "read_profile"]
+__all__ = [
+    "EVERY_KIND",
+    "KINDS",
+    "KeptLayers",
+    "ProbeInput",
+    "Profile",
+    "ProfileFile",
+    "find_profile",
+    "profiles",
+    "read_profile",
+]
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
+EVERY_KIND = frozenset(KINDS)
 Role = Literal["attention", "feed-forward", "modulation", "embedder", "output"]
 Fill = Literal["random", "zeros", "ones"]
 
@@ -30,11 +43,12 @@ class _Strict(BaseModel):
 
 
 class KeptLayers(_Strict):
-    """Layers that stay in high precision, why, and who says so."""
+    """Layers that stay in high precision, why, and who says so; in which kinds of quantization, by default all."""
 
     layers: str
     why: str
     source: str
+    kinds: list[Kind] = Field(list(KINDS), alias="for", min_length=1)
 
 
 class InputRecipe(_Strict):
@@ -79,12 +93,12 @@ class Profile(_Strict):
         layers = Layers(list(names))
         return {name: role for role, pattern in self._patterns for name in layers.matching(pattern)}
 
-    def kept(self, names: Iterable[str]) -> dict[str, str]:
-        """Layer name → why it stays as it is, and the source of that."""
-        layers, kept = Layers(list(names)), dict[str, str]()
+    def kept(self, names: Iterable[str]) -> dict[str, frozenset[Kind]]:
+        """Layer name → the kinds of quantization in which it stays as it is."""
+        layers, kept = Layers(list(names)), dict[str, frozenset[Kind]]()
         for entry in self.keep:
             for name in layers.matching(Pattern.parse(entry.layers)):
-                kept.setdefault(name, f"{entry.why} ({entry.source})")
+                kept[name] = kept.get(name, frozenset()) | set(entry.kinds)
         return kept
 
     def probe(self, config: Mapping[str, object]) -> dict[str, ProbeInput]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitroute.convert.layout import StoredTensor, check_regular
+from bitroute.backends.base import TensorSpec
+from bitroute.convert.layout import DerivedTensor, StoredTensor, check_regular
 from bitroute.errors import Problem, SourceError
 
 CONFIG_LIMIT_BYTES = 16_000_000  # an index of 100,000 tensors; more than that in brackets would take gigabytes
@@ -23,6 +24,8 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     Raises:
         SourceError: the file ends early or cannot be read.
     """
+    if isinstance(tensor, DerivedTensor):
+        return _derive(tensor)[start:stop].clone()
     rows = tensor.spec.rows
     row_bytes = rows.shape[1] * rows.dtype.itemsize
     buffer = bytearray((stop - start) * row_bytes)
@@ -59,8 +62,20 @@ def _ends_early(tensor: StoredTensor) -> Problem:
 
 
 def read_blocks(tensor: StoredTensor, bounds: Iterator[tuple[int, int]]) -> Iterator[Tensor]:
+    """The rows of each range; what is derived is computed once for all of them."""
+    whole = _derive(tensor) if isinstance(tensor, DerivedTensor) else None
     for start, stop in bounds:
-        yield read_rows(tensor, start, stop)
+        yield read_rows(tensor, start, stop) if whole is None else whole[start:stop].clone()
+
+
+def _derive(tensor: DerivedTensor) -> Tensor:
+    """[out, everything else]. Raises SourceError where the parts make another tensor than was planned."""
+    made = tensor.compute(*map(read_tensor, tensor.parts))
+    found = TensorSpec(tuple(made.shape), made.dtype)
+    if found != tensor.spec:
+        what = f"tensor {tensor.name!r} comes out otherwise than planned"
+        raise SourceError(Problem(what, str(tensor.file), got=str(found), expected=str(tensor.spec)))
+    return made.reshape(tensor.spec.rows.shape)
 
 
 def read_json(file: Path) -> dict[str, Any]:

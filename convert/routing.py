@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
 
+from bitroute.backends import Kind
 from bitroute.convert.document import MAX_PROBLEMS, KeyPath, shown
 from bitroute.convert.pattern import MAX_WAYS, RANGE, Layers, Pattern
+from bitroute.convert.profile import EVERY_KIND
 from bitroute.convert.recipe import ComponentRecipe, Rule
 from bitroute.errors import Problem, RecipeError, did_you_mean
 
@@ -35,7 +37,7 @@ class Route:
     options: Mapping[str, object]
     otherwise: str
     source: KeyPath
-    label: str  # "rule 2", "keep (profile)", "keep (inferred)", "default"
+    label: str  # "rule 2", "keep (profile)", "keep (profile, w8a8)", "keep (inferred)", "default"
 
 
 def route(
@@ -44,19 +46,23 @@ def route(
     linear: Sequence[str],
     other: Sequence[str],
     roles: Mapping[str, str],
-    kept: Mapping[str, str],
+    kept: Mapping[str, frozenset[Kind]],
     where: Callable[[KeyPath], str],
     origin: Literal["profile", "inferred"] = "profile",
+    kind_of: Callable[[str, Mapping[str, object]], Kind | None] = lambda backend, options: None,
 ) -> tuple[dict[str, Route], list[Problem]]:
     """A route for every layer, and what is wrong with the rules.
 
     linear, other: full names of the linear layers, and of the other layers that have a weight.
-    roles: name → role, and kept: name → reason, both as the profile of the model class says.
+    roles: name → role, and kept: name → in which kinds of quantization, both as the profile of the model class says.
     where: the place of a recipe value as `file:line`.
     origin: where roles and kept come from.
+    kind_of: a backend and its options → its kind.
     """
-    router = _Router(component, recipe, Layers([*linear, *other]), frozenset(linear), roles, where)
-    router.keep(kept, origin)
+    router = _Router(
+        component, recipe, Layers([*linear, *other]), frozenset(linear), roles, kept, origin, where, kind_of
+    )
+    router.keep()
     for index, rule in enumerate(recipe.rules):
         router.apply(index, rule)
     router.fill()
@@ -70,7 +76,10 @@ class _Router:
     layers: Layers
     linear: frozenset[str]
     roles: Mapping[str, str]
+    kept: Mapping[str, frozenset[Kind]]
+    origin: str
     where: Callable[[KeyPath], str]
+    kind_of: Callable[[str, Mapping[str, object]], Kind | None]
     routes: dict[str, Route] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     cost: int = 0
@@ -79,20 +88,29 @@ class _Router:
     def path(self) -> KeyPath:
         return ("components", self.component)
 
-    def keep(self, profile: Mapping[str, str], origin: str) -> None:
-        label, names = f"keep ({origin})", [name for name in self.layers.names if name in profile]
+    def keep(self) -> None:
+        """What stays whatever the backend: the list of the recipe, or what the profile keeps in every kind."""
         if isinstance(self.recipe.keep, list):
-            label, names = "keep (list)", []
             for index, text in enumerate(self.recipe.keep):
-                names += self._matching(text, (*self.path, "keep", index))
-        elif self.recipe.keep == "none":
-            names = []
-        self._assign(names, Route("keep", {}, "keep", (*self.path, "keep"), label))
+                self._assign(self._matching(text, (*self.path, "keep", index)), self._kept("list"))
+        elif self.recipe.keep == "profile":
+            always = [name for name in self.layers.names if self.kept.get(name) == EVERY_KIND]
+            self._assign(always, self._kept(self.origin))
+
+    def _keep_from(self, names: Sequence[str], backend: str, options: Mapping[str, object]) -> None:
+        """Of these, those that the profile keeps in the kind of quantization that the backend does."""
+        kind = self.kind_of(backend, options) if self.recipe.keep == "profile" else None
+        kept = [name for name in names if kind in self.kept.get(name, ())]
+        self._assign(kept, self._kept(f"{self.origin}, {kind}"))
+
+    def _kept(self, by: str) -> Route:
+        return Route("keep", {}, "keep", (*self.path, "keep"), f"keep ({by})")
 
     def apply(self, index: int, rule: Rule) -> None:
         source = (*self.path, "rules", index)
         matched = self._of_role(rule.role, source) if rule.role else self._matching(rule.layers or "", source)
         eligible = matched if rule.backend == "keep" else [name for name in matched if name in self.linear]
+        self._keep_from(eligible, rule.backend, rule.options)
         free = [name for name in eligible if name not in self.routes]
         if matched and not eligible:
             self._report(self._not_linear, rule, source, matched)
@@ -104,6 +122,7 @@ class _Router:
         recipe = self.recipe
         default = Route(recipe.backend, recipe.options, recipe.otherwise, self.path, "default")
         untouched = Route("keep", {}, "keep", self.path, "not a linear layer")
+        self._keep_from(self.layers.names, recipe.backend, recipe.options)
         for name in self.layers.names:
             suits = name in self.linear or recipe.backend == "keep"
             self.routes.setdefault(name, default if suits else untouched)

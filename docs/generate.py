@@ -14,7 +14,7 @@ from bitroute.backends.base import Backend
 from bitroute.cli import main as command
 from bitroute.convert.doctor import bits_per_weight, container_words, documentation, option_choices
 from bitroute.convert.noise import quiet
-from bitroute.convert.profile import Profile, find_profile, profiles
+from bitroute.convert.profile import KINDS, KeptLayers, Profile, find_profile, profiles
 from bitroute.convert.recipe import EXTENDS, ComponentRecipe, EvalRecipe, PushRecipe, Recipe, Rule, builtin_recipes
 
 FOLDER = Path(__file__).parent
@@ -105,15 +105,21 @@ def _backend(name: str, backend: type[Backend]) -> str:
 
 def _profile(profile: Profile) -> str:
     roles = [f"| {role} | {_patterns(texts)} |" for role, texts in profile.roles.items()]
-    kept = [f"| {_patterns([entry.layers])} | {entry.why} | {entry.source} |" for entry in profile.keep]
+    kept = [
+        f"| {_patterns([entry.layers])} | {_kinds(entry)} | {entry.why} | {entry.source} |" for entry in profile.keep
+    ]
     return "\n".join(
         [
             f"### {profile.class_name}\n", f"{profile.about[:1].upper()}{profile.about[1:]}.\n",
             "| role | layers |", "|---|---|", *roles, "",
-            "| kept | why | source |", "|---|---|---|", *kept, "",
+            "| kept | in | why | source |", "|---|---|---|---|", *kept, "",
             *(f"- {note}" for note in profile.notes), "",
         ]
     )  # fmt: skip
+
+
+def _kinds(entry: KeptLayers) -> str:
+    return "every kind" if set(entry.kinds) == set(KINDS) else ", ".join(entry.kinds)
 
 
 def _patterns(texts: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 import yaml
 from torch import nn
 
-from bitroute.convert.profile import Profile, find_profile
+from bitroute.convert.profile import EVERY_KIND, Profile, find_profile
 
 Facts = dict[str, Any]
 
@@ -44,6 +45,11 @@ def profile_of(class_name: str) -> Profile:
     found = find_profile(class_name)
     assert found and found.class_name == class_name
     return found
+
+
+def kept_always(profile: Profile, names: Iterable[str]) -> set[str]:
+    """The layers that stay as they are in every kind of quantization."""
+    return {name for name, kinds in profile.kept(names).items() if kinds == EVERY_KIND}
 
 
 def write_index(folder: Path, classes: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from families import linear, make, on_meta, profile_of, recipe, weighted, write_index
+from families import kept_always, linear, make, on_meta, profile_of, recipe, weighted, write_index
 from torch import nn
 
 from bitroute import plan, quantize, verify
@@ -99,7 +99,7 @@ def test_every_linear_layer_has_one_role_and_the_kept_share_is_small(
         name.endswith((".proj_in", ".proj_out")) for name in others
     )  # SD1.5: convolutions, in SDXL linear layers
     assert not others or model == "Stable Diffusion 1.5"
-    kept = share(built, profile.kept(names))
+    kept = share(built, kept_always(profile, names))
     assert round(kept, 4) == PUBLISHED[class_name][model]["kept"]
     assert kept < SMALL_SHARE.get(class_name, 0.035)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from families import linear, make, on_meta, profile_of, recipe, weighted, write_index
+from families import kept_always, linear, make, on_meta, profile_of, recipe, weighted, write_index
 from torch import nn
 
 from bitroute import plan, quantize, verify
@@ -142,7 +142,7 @@ def test_every_linear_layer_has_one_role_and_the_kept_share_is_small(
     found = Counter(
         name for texts in profile.roles.values() for text in texts for name in layers.matching(Pattern.parse(text))
     )
-    kept = profile.kept(names)
+    kept = kept_always(profile, names)
     assert all(found[name] == 1 for name in sizes)
     assert {name for name in found if name not in sizes} <= set(kept)  # CogVideoX: a convolution, later a linear layer
     facts = PUBLISHED[class_name][model]

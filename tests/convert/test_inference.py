@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from families import linear, on_meta, profile_of
+from families import kept_always, linear, on_meta, profile_of
 from torch import nn
 
 from bitroute import plan, quantize, verify
@@ -104,7 +104,7 @@ def test_inferred_roles_and_kept_layers_agree_with_the_profile(class_name: str, 
     said, guessed = profile.roles_of(sizes), found.roles_of(sizes)
     same = sum(size for name, size in sizes.items() if said[name] == guessed[name]) / sum(sizes.values())
     assert same >= AGREEMENT.get(class_name, 1)
-    at_the_ends = {name for name in profile.kept(sizes) if said[name] in ("embedder", "output")}
+    at_the_ends = {name for name in kept_always(profile, sizes) if said[name] in ("embedder", "output")}
     assert at_the_ends <= set(found.kept(sizes))
 
 

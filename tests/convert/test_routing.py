@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from bitroute import backends
+from bitroute.backends import Kind
 from bitroute.convert.document import sorted_problems
+from bitroute.convert.profile import EVERY_KIND
 from bitroute.convert.recipe import ComponentRecipe
 from bitroute.convert.routing import Route, route
 from bitroute.errors import Problem
@@ -22,17 +25,22 @@ LINEAR = [
 ]
 OTHER = [f"transformer_blocks.{i}.attn.norm_q" for i in range(DOUBLE)]
 ROLES = {name: "attention" if ".attn." in name else "output" if name == "proj_out" else "other" for name in LINEAR}
-KEPT = {"x_embedder": "first", "proj_out": "last"}
+KEPT = dict.fromkeys(["x_embedder", "proj_out"], EVERY_KIND)
 
 
 def routed(
     *rules: Mapping[str, Any],
     roles: Mapping[str, str] = ROLES,
-    kept: Mapping[str, str] = KEPT,
+    kept: Mapping[str, frozenset[Kind]] = KEPT,
     **component: Any,
 ) -> tuple[dict[str, Route], list[Problem]]:
     recipe = ComponentRecipe.model_validate({"backend": "float8", "rules": list(rules), **component})
-    return route("transformer", recipe, LINEAR, OTHER, roles, kept, lambda path: "r.yaml:" + ".".join(map(str, path)))
+    where = lambda path: "r.yaml:" + ".".join(map(str, path))  # noqa: E731
+    return route("transformer", recipe, LINEAR, OTHER, roles, kept, where, "profile", kind_of)
+
+
+def kind_of(backend: str, options: Mapping[str, object]) -> Kind | None:
+    return backends.create(backend, **options).kind
 
 
 def rule(layers: str, backend: str = "int8") -> dict[str, Any]:
@@ -202,3 +210,22 @@ def test_patterns_that_take_too_long_together_are_refused_and_plain_names_are_fr
 def test_a_problem_never_shows_more_than_the_beginning_of_a_pattern_or_a_role() -> None:
     for wrong in (rule("z" * 300), rule("re:" + "z" * 900), {"role": "r" * 10_000, "backend": "int8"}):
         assert max(map(len, only_problem(wrong).splitlines())) < 200
+
+
+def test_a_layer_that_is_kept_in_4_bits_only_is_quantized_to_8() -> None:
+    kept = {**KEPT, "single_transformer_blocks.0.proj_out": frozenset[Kind]({"4-bit"})}
+    four = {"role": "other", "backend": "nf4"}
+    routes, problems = routed(four, kept=kept)
+    assert not problems
+    assert routes["single_transformer_blocks.0.proj_out"].label == "keep (profile, 4-bit)"
+    assert routes["single_transformer_blocks.1.proj_out"].backend == "nf4"
+    routes, _ = routed(kept=kept)
+    assert routes["single_transformer_blocks.0.proj_out"].backend == "float8"
+    routes, _ = routed(kept=kept, keep="none", backend="nf4")
+    assert routes["single_transformer_blocks.0.proj_out"].backend == "nf4"
+
+
+def test_a_rule_that_only_touches_what_its_own_kind_keeps_can_never_win() -> None:
+    kept = {"single_transformer_blocks.0.proj_out": frozenset[Kind]({"w8a8"})}
+    eight = {**rule("single_transformer_blocks.0.proj_out"), "options": {"activations": "dynamic"}}
+    assert "can never win: keep (profile, w8a8)" in only_problem(eight, kept=kept)
