@@ -260,9 +260,9 @@ def _is_begun(out: Path) -> bool:
 
 
 COMMANDS = (
-    around_a_job.recipes, around_a_job.list_backends, around_a_job.inspect_path, around_a_job.verify_folder,
-    around_a_job.push_folder, around_a_job.show_profile, around_a_job.show_doctor, evaluation.evaluate_folders,
-    evaluation.compare_folders,
+    around_a_job.recipes, around_a_job.recommend_recipe, around_a_job.list_backends, around_a_job.inspect_path,
+    around_a_job.verify_folder, around_a_job.push_folder, around_a_job.show_profile, around_a_job.show_doctor,
+    evaluation.evaluate_folders, evaluation.compare_folders,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

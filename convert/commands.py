@@ -1,8 +1,11 @@
-"""The commands around a job: recipes, backends, profile, inspect, verify, push, doctor."""
+"""The commands around a job: recipes, recommend, backends, profile, inspect, verify, push, doctor."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ import click
 if TYPE_CHECKING:
     from bitroute.convert.checkpoint import Pipeline
     from bitroute.convert.plan import Plan
+    from bitroute.convert.recipe import Recipe
     from bitroute.convert.upload import Target
     from bitroute.convert.verify import Verification
 
@@ -31,7 +35,19 @@ def recipes_list(as_json: bool) -> None:
 
     found = {name: read_recipe(str(path)).recipe for name, path in builtin_recipes().items()}
     rows = {name: recipe.description for name, recipe in found.items() if recipe}
-    show(rows, as_json, "\n".join(f"{name:<18} {description}" for name, description in rows.items()))
+    show(rows, as_json, _grouped({name: recipe for name, recipe in found.items() if recipe}))
+
+
+def _grouped(found: Mapping[str, Recipe]) -> str:
+    """Every family with its model, and its recipes below."""
+    from bitroute.convert.recipe import family_of
+
+    lines = []
+    for family, group in groupby(sorted(found, key=lambda name: (family_of(name), name)), key=family_of):
+        names = list(group)
+        lines.append(f"\n{family}: {found[names[0]].model}")
+        lines += [f"  {name:<20} {found[name].description}" for name in names]
+    return "\n".join(lines).lstrip()
 
 
 @recipes.command("show")
@@ -62,6 +78,34 @@ def recipes_check(name: str, model: str | None) -> None:
 
     planned = plan(name, model)
     click.echo(f"{planned.recipe.name}: fits {planned.pipeline.name}, nothing to report")
+
+
+class _Memory(click.ParamType):
+    """`12GB` as cards are sold, which is 12 GiB; without a unit GiB too."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d{1,4}(?:\.\d{1,3})?)\s*(?:GI?B?)?", str(value).strip(), re.IGNORECASE)
+        return float(found[1]) if found else self.fail(f"{value!r} is not a size such as 12GB", param, ctx)
+
+
+@click.command("recommend", context_settings=CONTEXT)
+@click.argument("model")
+@click.option("--vram", type=_Memory(), required=True, help="Memory of the GPU, such as 12GB.")
+@click.option("--reserve", type=_Memory(), help="Kept free for activations  [default: 1.5 GiB; for videos 4 GiB]")
+@click.option("--allow-pickle", is_flag=True, help="Also read weights from *.bin files, tensors alone.")
+@JSON
+def recommend_recipe(model: str, vram: float, reserve: float | None, allow_pickle: bool, as_json: bool) -> None:
+    """Which recipe suits MODEL on a card of that size, and why.
+
+    Every recipe of the model's family is planned; no weight is read. The best is the one that loses least among
+    those that need no more than model offload.
+    """
+    from bitroute.convert.recommend import advice_json, advice_text, recommend
+
+    advice = recommend(model, vram, reserve, allow_pickle=allow_pickle)
+    show(advice_json(advice), as_json, advice_text(advice))
 
 
 @click.command("backends", context_settings=CONTEXT)

@@ -19,7 +19,7 @@ from bitroute.convert.document import sorted_problems
 from bitroute.convert.entry import Entry
 from bitroute.convert.inference import infer
 from bitroute.convert.profile import ProfileFile, find_profile
-from bitroute.convert.recipe import ComponentRecipe, Recipe, RecipeFile, read_recipe
+from bitroute.convert.recipe import ComponentRecipe, Dequantize, Recipe, RecipeFile, read_recipe
 from bitroute.convert.routing import Route, route
 from bitroute.convert.workers import cores
 from bitroute.errors import BackendError, Problem, RecipeError, SourceError, did_you_mean
@@ -131,22 +131,24 @@ class Plan:
     @property
     def job_peak_bytes(self) -> int:
         """Anonymous memory above an idle interpreter with the libraries imported: a layer at most for each worker."""
-        largest = max((e.source.spec.size_bytes for c in self.components for e in c.quantized), default=0)
+        largest = max((e.held_bytes for c in self.components for e in c.entries), default=0)
         return WORKSPACE_BYTES + cores() * largest
 
     @property
     def verify_peak_bytes(self) -> int:
         """Each worker decoding the largest layer in float32 beside its source, or loading the largest component."""
-        decode = cores() * max((12 * e.weight.numel for c in self.components for e in c.quantized), default=0)
+        decode = cores() * max((e.compared_bytes for c in self.components for e in c.entries), default=0)
         load = LOADING_BYTES + max((c.size_bytes for c in self.components), default=0)
         return max(WORKSPACE_BYTES + decode, load)
 
 
-def plan(recipe: str, model: str | None = None, *, allow_pickle: bool = False) -> Plan:
+def plan(
+    recipe: str, model: str | None = None, *, allow_pickle: bool = False, dequantize: Dequantize = False
+) -> Plan:
     """The plan for a recipe (a file or a built-in name) and a model (folder, Hub id, or the recipe's own).
 
     Of a model on the Hub, what is not in the cache is outlined: `fetch` downloads it before a job.
-    allow_pickle: also read weights from *.bin, tensors alone.
+    allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
 
     Raises:
         RecipeError, SourceError: everything that is wrong with the recipe, the model and their match, at once.
@@ -154,7 +156,7 @@ def plan(recipe: str, model: str | None = None, *, allow_pickle: bool = False) -
     file = read_recipe(recipe)
     if file.recipe is None:
         raise RecipeError(file.problems)
-    return _plan_pipeline(file, _open_or_report(model, file.recipe, file, allow_pickle))
+    return plan_pipeline(file, _open_or_report(model, file.recipe, file, allow_pickle, dequantize))
 
 
 def fetch(planned: Plan, progress: Callable[[int, str], None] | None = None) -> Plan:
@@ -171,10 +173,11 @@ def fetch(planned: Plan, progress: Callable[[int, str], None] | None = None) -> 
     from bitroute.convert.download import download
 
     folder = download(pipeline.hub, progress)
-    return _plan_pipeline(planned.recipe, replace(pipeline, folder=folder, is_outline=False))
+    return plan_pipeline(planned.recipe, replace(pipeline, folder=folder, is_outline=False))
 
 
-def _plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
+def plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
+    """The plan for a recipe and a model that are read already; raises as `plan` does."""
     problems = list(file.problems)
     components = []
     for name, component_recipe in file.recipe.components.items() if file.recipe else ():
@@ -190,7 +193,9 @@ def _plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
     return Plan(file, pipeline, tuple(components), copied)
 
 
-def _open_or_report(model: str | None, recipe: Recipe, file: RecipeFile, allow_pickle: bool) -> Pipeline:
+def _open_or_report(
+    model: str | None, recipe: Recipe, file: RecipeFile, allow_pickle: bool, dequantize: Dequantize
+) -> Pipeline:
     """The pipeline; where there is none, the recipe's own problems are reported with it."""
     chosen = recipe.model if model is None else model
     if chosen is None:
@@ -199,7 +204,10 @@ def _open_or_report(model: str | None, recipe: Recipe, file: RecipeFile, allow_p
     own = chosen == recipe.model  # another model has other revisions
     try:
         revision, variant = (recipe.revision, recipe.variant) if own else (None, None)
-        return open_pipeline(chosen, revision, variant, access="outline", allow_pickle=allow_pickle)
+        read_as = dequantize or recipe.dequantize
+        return open_pipeline(
+            chosen, revision, variant, access="outline", allow_pickle=allow_pickle, dequantize=read_as
+        )
     except SourceError as error:
         raise RecipeError(sorted_problems([*file.problems, *error.problems])) from error
 

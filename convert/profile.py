@@ -83,6 +83,7 @@ class Profile(_Strict):
 
     class_name: str = Field(alias="class")
     about: str = ""
+    recipes: list[str] = []  # the families of built-in recipes for models of this class: flux for flux-fp8
     roles: dict[Role, list[str]]
     keep: list[KeptLayers]
     inputs: dict[str, InputRecipe] = {}  # none: verify loads the model and runs no forward

@@ -35,10 +35,12 @@ __all__ = [
     "Rule",
     "builtin_recipes",
     "copy_recipe",
+    "family_of",
     "read_recipe",
     "write_new",
 ]
 
+Dequantize = Literal[False, True, "bfloat16", "float16", "float32"]  # True: quantized weights, to bf16; else all floats
 MAX_TEXT = 500
 MAX_COMPONENTS = 64
 MAX_RULES = 2000  # also of the entries of `keep`
@@ -195,6 +197,11 @@ class Recipe(_Strict):
         description="The weights of that model on the Hub to read, such as `fp16` for `model.fp16.safetensors`; "
         "parts without them give their plain ones. The result has plain names.",
     )
+    dequantize: Dequantize = Field(
+        False,
+        description="Read components that are already quantized: `true` decodes their weights to bfloat16, a dtype "
+        "(`bfloat16`, `float16`, `float32`) is that of all their floats. The errors of both quantizations add up.",
+    )
     components: dict[str, ComponentRecipe] = Field(
         min_length=1,
         max_length=MAX_COMPONENTS,
@@ -233,6 +240,11 @@ def builtin_recipes() -> dict[str, Path]:
     """The recipes that come with bitroute, by name."""
     folder = Path(str(files("bitroute.recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def family_of(name: str) -> str:
+    """The models that a built-in recipe is for, by its name: flux of flux-fp8."""
+    return name.rpartition("-")[0]
 
 
 def read_recipe(name_or_path: str) -> RecipeFile:

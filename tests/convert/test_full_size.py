@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from bitroute.convert.recipe import builtin_recipes
+from bitroute.convert.recipe import builtin_recipes, family_of
+from bitroute.convert.recommend import Advice, advice_text, recommend
 
 Write = Callable[..., None]
 FLUX = {
@@ -198,3 +200,31 @@ def test_a_job_holds_a_layer_in_memory_and_never_the_model(peaks: dict[int, dict
 
 def test_twice_the_depth_needs_the_same_memory(peaks: dict[int, dict[str, int]]) -> None:
     assert abs(peaks[1]["peak"] - peaks[2]["peak"]) < 100 * 10**6
+
+
+@pytest.fixture(scope="module")
+def advice(flux: Path) -> Advice:
+    return recommend(str(flux), vram_gib=24)
+
+
+@pytest.mark.parametrize(
+    ("vram_gib", "recipe", "offload"),
+    [(80, "(as it is)", "none"), (24, "flux-int8", "none"), (16, "flux-int8", "model"), (12, "flux-mixed", "model"),
+     (8, "flux-nf4", "model"), (6, "flux-nf4", "blocks")],
+)  # fmt: skip
+def test_every_card_gets_the_recipe_that_loses_least_of_those_that_fit(
+    vram_gib: float, recipe: str, offload: str, advice: Advice
+) -> None:
+    asked = replace(advice, vram_gib=vram_gib)
+    assert (asked.best.name, asked.best.offload(asked.room_bytes)) == (recipe, offload)
+
+
+def test_the_advice_states_the_bytes_of_each_component_and_ranks_by_the_error_of_the_formats(advice: Advice) -> None:
+    choices = {choice.name: choice for choice in advice.choices}
+    assert set(choices) == {"(as it is)", *(name for name in builtin_recipes() if family_of(name) == "flux")}
+    assert choices["(as it is)"].size_bytes["transformer"] == 2 * FLUX_PARAMETERS
+    planned, _ = dry_run("flux-nf4", Path(advice.model))
+    assert choices["flux-nf4"].size_bytes["transformer"] == planned["components"]["transformer"]["size_bytes"]
+    errors = [choices[name].error for name in ("flux-int8", "flux-fp8", "flux-mixed", "flux-nf4")]
+    assert errors == sorted(errors) and 0.005 < errors[0] < 0.012 and 0.085 < errors[-1] < 0.1
+    assert "quantize --recipe flux-int8" in advice_text(advice)
