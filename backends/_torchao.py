@@ -35,3 +35,8 @@ def refuse_single_column(weight: TensorSpec) -> str | None:
     """torchao takes a row of one element for a whole tensor, of weights and of activations alike."""
     one = weight.shape[1] == 1
     return "torchao scales rows, and rows of one input feature would be smaller than their scale" if one else None
+
+
+def refuse_dynamic_convolution(activations: str) -> str | None:
+    """Weights are decoded: torchao's Int8Tensor has no convolution, Float8Tensor's runs on Blackwell with mslk only."""
+    return None if activations == "none" else "of a convolution the weight can be quantized, the activations cannot"

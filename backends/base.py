@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -29,6 +29,9 @@ CODES = {  # as safetensors headers spell dtypes
     torch.bool: "BOOL",
 }  # fmt: skip
 ARITHMETIC_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what `encode` reads
+CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d,
+}  # fmt: skip
 BLOCK_ELEMENTS = 256 * 1024  # a block of rows and its temporaries stay in the cache
 REGISTRY: dict[str, type[Backend]] = {}
 
@@ -145,6 +148,10 @@ class Backend(ABC):
             return f"its weight is {weight.dtype}, not a float"
         return f"its weight is empty, {list(weight.shape)}" if weight.numel == 0 else None
 
+    def refuse_convolution(self) -> str | None:
+        """Why this format cannot hold the weight of a convolution, or None where it decodes it as any other."""
+        return f"{self.name} holds linear layers only"
+
     @abstractmethod
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         """Suffix → what will be stored for a weight [out, in]; exact, so that a plan needs no data."""
@@ -197,9 +204,11 @@ class Backend(ABC):
         decoded = self.decode(stored, weight).to(x.dtype)
         return functional.linear(x, decoded, None if bias is None else bias.to(x.dtype))
 
-    def attach(self, layer: nn.Linear, stored: Mapping[str, Tensor]) -> nn.Module:
-        """The layer that runs from `stored` (meta tensors while a checkpoint is being loaded)."""
-        return QuantizedLinear(self, layer, stored)
+    def attach(self, layer: nn.Module, stored: Mapping[str, Tensor]) -> nn.Module:
+        """The linear layer or convolution that runs from `stored` (meta tensors while a checkpoint is being loaded)."""
+        if isinstance(layer, nn.Linear):
+            return QuantizedLinear(self, layer, stored)
+        return QuantizedConvolution(self, layer, stored)
 
     def quantize(self, weight: Tensor, statistics: Statistics = NONE) -> dict[str, Tensor]:
         """A whole weight [out, in] at once, by the same blocks that a job would use.
@@ -264,9 +273,9 @@ class UndecodedWeight(Tensor):
         Tensor.size,
         Tensor.dim,
     }
-    layer: QuantizedLinear
+    layer: QuantizedLayer
 
-    def __new__(cls, layer: QuantizedLinear) -> Self:
+    def __new__(cls, layer: QuantizedLayer) -> Self:
         make: Any = Tensor._make_wrapper_subclass
         device = next(iter(layer.stored.values())).device
         made: Self = make(cls, layer.spec.shape, dtype=layer.spec.dtype, device=device)
@@ -285,16 +294,21 @@ class UndecodedWeight(Tensor):
         return func(*decoded[0], **decoded[1])
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer whose weight stays in its stored form; the buffers are exactly the stored tensors."""
+def is_convolution(layer: nn.Module) -> bool:
+    """Of a class of torch's own, neither transposed nor in groups; one padded with anything but zeros is left alone."""
+    plain = type(layer) in CONVOLUTIONS
+    return plain and bool(layer.groups == 1) and layer.padding_mode == "zeros"
+
+
+class QuantizedLayer(nn.Module):
+    """A layer whose weight stays in its stored form; the buffers are exactly the stored tensors."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, backend: Backend, layer: nn.Linear, stored: Mapping[str, Tensor]) -> None:
+    def __init__(self, backend: Backend, layer: Any, stored: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.backend = backend
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.spec = TensorSpec((self.out_features, self.in_features), layer.weight.dtype)
+        self.spec = TensorSpec(tuple(layer.weight.shape), layer.weight.dtype)
         self.suffixes = tuple(stored)
         for suffix, tensor in stored.items():
             self.register_buffer(suffix, tensor)
@@ -310,11 +324,14 @@ class QuantizedLinear(nn.Module):
         compiled = torch.compiler.is_compiling()  # a compiler drops what nobody reads by itself
         return self.decoded() if compiled else UndecodedWeight(self)
 
-    def decoded(self) -> Tensor:
-        return self.backend.decode(self.stored, self.spec).to(self.spec.dtype)
+    def decoded(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in its own shape, in `dtype` or in that of the layer."""
+        rows = self.backend.decode(self.stored, self.spec.rows)
+        return rows.reshape(self.spec.shape).to(dtype or self.spec.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.backend.linear(x, self.stored, self.spec, self.bias)
+    def plain(self) -> nn.Module:
+        """The layer as its class had it, without weights, on the meta device."""
+        raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves with the model but keeps the stored dtypes: a scale cast to bf16 is another weight."""
@@ -329,7 +346,37 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, backend={self.backend.name}"
+        return f"{'×'.join(map(str, self.spec.shape))}, backend={self.backend.name}"
+
+
+class QuantizedLinear(QuantizedLayer):
+    def __init__(self, backend: Backend, layer: nn.Linear, stored: Mapping[str, Tensor]) -> None:
+        super().__init__(backend, layer, stored)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backend.linear(x, self.stored, self.spec, self.bias)
+
+    def plain(self) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+
+
+class QuantizedConvolution(QuantizedLayer):
+    """Decoded from its rows [out, in·kernel] at every call."""
+
+    def __init__(self, backend: Backend, layer: Any, stored: Mapping[str, Tensor]) -> None:
+        super().__init__(backend, layer, stored)
+        self.kind: type[nn.Module] = type(layer)
+        self.geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return CONVOLUTIONS[self.kind](x, self.decoded(x.dtype), bias, **self.geometry)
+
+    def plain(self) -> nn.Module:
+        make: Callable[..., nn.Module] = self.kind
+        out_channels, in_channels, *kernel = self.spec.shape
+        return make(in_channels, out_channels, tuple(kernel), bias=False, device="meta", **self.geometry)
 
 
 def _bad_option(backend: str, detail: Mapping[str, Any]) -> Problem:

@@ -1,6 +1,7 @@
 """FP8 E4M3 with a scale per row or per tensor, by torchao's Float8Tensor; weight-only or with dynamic activations.
 
 s = amax / 448, q = E4M3(w / s), ŵ = q · s. An all-zero row gets the scale 1e-12 / 448 where torchao gives NaN.
+Weights of convolutions too, [out, in·kernel], where activations are not quantized.
 Weight-only runs wherever bf16 runs; dynamic activations compute in FP8 (CUDA compute capability 8.9 or newer).
 """
 
@@ -22,7 +23,13 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-from bitroute.backends._torchao import COMPUTE_DTYPE, arithmetic_rows, native_record, refuse_single_column
+from bitroute.backends._torchao import (
+    COMPUTE_DTYPE,
+    arithmetic_rows,
+    native_record,
+    refuse_dynamic_convolution,
+    refuse_single_column,
+)
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
 
 E4M3 = torch.float8_e4m3fn
@@ -43,6 +50,9 @@ class Float8(Backend):
     def refuse(self, weight: TensorSpec) -> str | None:
         by_row = self.granularity == "row"
         return (refuse_single_column(weight) if by_row else None) or super().refuse(weight)
+
+    def refuse_convolution(self) -> str | None:
+        return refuse_dynamic_convolution(self.activations)
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         scales = weight.shape[0] if self.granularity == "row" else 1

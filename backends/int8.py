@@ -1,6 +1,7 @@
 """INT8, symmetric, a scale per row, by torchao's Int8Tensor; weight-only or with dynamic activations.
 
 s = max(amax / 127.5, 1.19e-7), q = round(w / s) clamped to [-128, 127], ŵ = q · s (torchao's symmetric mapping).
+Weights of convolutions too, [out, in·kernel], where activations are not quantized.
 That smallest scale is torchao's: rows whose largest weight is below about 1e-6 lose precision, below 6e-8 all of it.
 """
 
@@ -20,7 +21,13 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
-from bitroute.backends._torchao import COMPUTE_DTYPE, arithmetic_rows, native_record, refuse_single_column
+from bitroute.backends._torchao import (
+    COMPUTE_DTYPE,
+    arithmetic_rows,
+    native_record,
+    refuse_dynamic_convolution,
+    refuse_single_column,
+)
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
 
 LARGEST_SCALE = torch.finfo(COMPUTE_DTYPE).max / 128  # the code -128 must decode to a finite bf16
@@ -37,6 +44,9 @@ class Int8(Backend):
 
     def refuse(self, weight: TensorSpec) -> str | None:
         return refuse_single_column(weight) or super().refuse(weight)
+
+    def refuse_convolution(self) -> str | None:
+        return refuse_dynamic_convolution(self.activations)
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows = weight.shape[0]

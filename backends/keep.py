@@ -27,6 +27,9 @@ class Keep(Backend):
     def refuse(self, weight: TensorSpec) -> str | None:
         return None
 
+    def refuse_convolution(self) -> str | None:
+        return None
+
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec(weight.shape, self._stored(weight.dtype))}
 

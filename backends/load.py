@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from bitroute.backends import create
-from bitroute.backends.base import CODES, Backend, QuantizedLinear, TensorSpec
+from bitroute.backends.base import CODES, Backend, QuantizedLayer, TensorSpec, is_convolution
 from bitroute.errors import Problem, SourceError
 
 FORMAT_VERSION = 1
@@ -110,15 +110,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A linear layer of the model on the meta device, and what the checkpoint holds in its place."""
+    """A layer of the model on the meta device, and what the checkpoint holds in its place."""
 
     name: str
-    linear: nn.Linear
+    module: nn.Module
     backend: Backend
 
     @property
     def outputs(self) -> dict[str, TensorSpec]:
-        return self.backend.outputs(_spec(self.linear))
+        return self.backend.outputs(_spec(self.module))
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -144,7 +144,7 @@ def attach(
     float32: Iterable[str] = (),
     rename: Rename = lambda name, expected: name,
 ) -> frozenset[str]:
-    """Puts each layer's stored form, on the meta device, in the place of its nn.Linear.
+    """Puts each layer's stored form, on the meta device, in its place.
 
     Args:
         files: the checkpoint's weight files; their headers are compared with what the backends expect.
@@ -155,7 +155,7 @@ def attach(
         The names of the stored tensors, which must be loaded without a cast.
 
     Raises:
-        SourceError: a layer is missing or not linear, a tensor is missing or has another shape or dtype, or a
+        SourceError: a layer is missing or of another kind, a tensor is missing or has another shape or dtype, or a
             layer is stored in a form that no backend is named for.
     """
     layers = _find_layers(model, backends)
@@ -167,19 +167,19 @@ def attach(
         _raise_all(_unexplained(model, headers, expected, rename))
     for layer in layers:
         if not set(layer.name.split(".")).isdisjoint(float32):
-            layer.linear.to(torch.float32)
-        stored = layer.backend.on_meta(_spec(layer.linear))
-        model.set_submodule(layer.name, layer.backend.attach(layer.linear, stored))
+            layer.module.to(torch.float32)
+        stored = layer.backend.on_meta(_spec(layer.module))
+        model.set_submodule(layer.name, layer.backend.attach(layer.module, stored))
     return frozenset(expected)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Puts nn.Linear layers with decoded weights back, in `dtype` or in what each layer computes in."""
+    """Puts plain layers with decoded weights back, in `dtype` or in what each layer computes in."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLayer):
             target = dtype or layer.spec.dtype
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(layer.backend.decode(layer.stored, layer.spec).to(target))
+            plain = layer.plain()
+            plain.weight = nn.Parameter(layer.decoded(target))
             if layer.bias is not None:
                 plain.bias = nn.Parameter(layer.bias.to(target))
             model.set_submodule(name, plain)
@@ -203,9 +203,10 @@ def _find_layer(model: nn.Module, name: str, backend: Backend) -> StoredLayer | 
             got=f"backend {backend.name!r} for it",
             next_step="load with the model class and the library versions that the checkpoint was made with",
         )
-    if not isinstance(module, nn.Linear):
-        return Problem(f"layer {name!r} is not linear", WHERE, type(module).__name__, expected="Linear")
-    refusal = backend.refuse(_spec(module))
+    if not (isinstance(module, nn.Linear) or is_convolution(module)):
+        what = f"layer {name!r} is not linear, nor a plain convolution"
+        return Problem(what, WHERE, type(module).__name__, expected="Linear or Conv1d to Conv3d of one group")
+    refusal = (backend.refuse_convolution() if is_convolution(module) else None) or backend.refuse(_spec(module))
     if refusal:
         return Problem(f"backend {backend.name!r} cannot hold layer {name!r}", WHERE, got=refusal)
     return StoredLayer(name, module, backend)
@@ -266,8 +267,9 @@ def _raise_all(problems: Iterable[Problem]) -> None:
         raise SourceError(listed[:SHOWN])
 
 
-def _spec(linear: nn.Linear) -> TensorSpec:
-    return TensorSpec(tuple(linear.weight.shape), linear.weight.dtype)
+def _spec(layer: Any) -> TensorSpec:
+    """The weight as backends see it: [out, everything else]."""
+    return TensorSpec(tuple(layer.weight.shape), layer.weight.dtype).rows
 
 
 def _malformed(got: str, expected: str) -> SourceError:

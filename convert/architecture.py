@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from bitroute.backends.base import CONVOLUTIONS, is_convolution
+from bitroute.convert.bare import CONFIG, INDEX
 from bitroute.convert.checkpoint import Component
 from bitroute.convert.document import shown
 from bitroute.convert.layout import StoredTensor
@@ -20,6 +22,7 @@ from bitroute.errors import Problem, SourceError
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # may name a kernel to fetch from the Hub and run
 CHOICES = {"quantization_config", *(f"{start}{name}" for name in IMPLEMENTATIONS for start in ("", "_"))}
 BUFFERS_OF_OLD = (".position_ids", ".inv_freq")
+CONVOLUTION_NAMES = {kind.__name__ for kind in CONVOLUTIONS}
 MODULES_PER_TENSOR = 50  # a class has far fewer; a config that asks for more is not that of these weights
 
 
@@ -38,6 +41,12 @@ class Architecture:
     def linear(self) -> list[str]:
         """Layers a quantizing backend can take: linear ones whose weight the checkpoint stores under their name."""
         return [name for name, kind in self.layers.items() if kind == "Linear" and f"{name}.weight" in self.sources]
+
+    @property
+    def convolutions(self) -> list[str]:
+        """Those that some backends can take, where a rule asks for it."""
+        found = [name for name, kind in self.layers.items() if kind in CONVOLUTION_NAMES]
+        return [name for name in found if f"{name}.weight" in self.sources]
 
     @property
     def other(self) -> list[str]:
@@ -107,7 +116,7 @@ def build_model(component: Component) -> nn.Module:
             Problem(
                 f"{component.class_name} refuses its config", str(component.folder / "config.json"),
                 got=f"{type(error).__name__}: {error}",
-                next_step="check that model_index.json names the right class and that the config is complete",
+                next_step="check that the class is the right one and that the config is complete",
             )
         ) from error  # fmt: skip
     return model
@@ -140,7 +149,7 @@ def _find_class(component: Component) -> Any:
         raise SourceError(
             Problem(
                 f"{component.library} {library.__version__} has no model class {shown(component.class_name)}",
-                str(component.folder.parent / "model_index.json"),
+                str(component.root / (CONFIG if component.bare else INDEX)),
                 next_step=f"pip install -U {component.library}, or leave {component.name!r} out of the recipe",
             )
         )  # fmt: skip
@@ -166,8 +175,13 @@ def _tied(model: nn.Module) -> set[str]:
 def _layers(model: nn.Module) -> Iterable[tuple[str, str]]:
     for name, module in model.named_modules():
         if name and isinstance(getattr(module, "weight", None), torch.Tensor):
-            kind = "Linear" if type(module) is nn.Linear else type(module).__name__
-            yield name, kind
+            yield name, _kind(module)
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of the class; convolutions that no backend takes, such as those in groups, have their own."""
+    name = type(module).__name__
+    return f"other {name}" if name in CONVOLUTION_NAMES and not is_convolution(module) else name
 
 
 def without_choices(value: Any) -> Any:
@@ -190,6 +204,6 @@ def _refuse_quantized(component: Component) -> None:
             Problem(
                 f"component {component.name!r} is already quantized", str(component.folder), got=got,
                 expected="bf16, fp16 or fp32 weights",
-                next_step="start from the original model: quantizing twice adds the errors of both",
+                next_step="start from the original model; --dequantize reads it as bf16: the errors of both add up",
             )
         )  # fmt: skip

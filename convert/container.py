@@ -164,6 +164,9 @@ def choose(entries: Sequence[Entry], library: str, wish: str) -> tuple[Container
         return Plain(), ""
     if wish == "bitroute":
         return Bitroute(), ""
+    convolutions = [entry.layer for entry in quantized if entry.kind != "Linear"]
+    if convolutions:
+        return Bitroute(), f"no library runs weight-only convolutions such as {convolutions[0]!r}"
     families = sorted({entry.backend.family for entry in quantized})
     if len(families) > 1:
         return Bitroute(), f"it mixes the families {', '.join(families)}"

@@ -23,6 +23,7 @@ from bitroute.errors import Problem, RecipeError, did_you_mean
 __all__ = ["Route", "route"]
 
 MAX_COST = 2 * MAX_WAYS  # of all patterns of a component: 2 to 4 s for 1000 names at the very worst
+CONVOLUTION = "convolution"  # the role of those that a backend can take, given by their class
 KEEP_SHOWN = 12  # layers in a suggested keep list
 _DIGITS = re.compile(r"\d+")
 _BARE_RANGE = re.compile(r"(?<![\w{-])(\d+-\d+)(?![\w}])")
@@ -54,7 +55,8 @@ def route(
     """A route for every layer, and what is wrong with the rules.
 
     linear, other: full names of the linear layers, and of the other layers that have a weight.
-    roles: name → role, and kept: name → in which kinds of quantization, both as the profile of the model class says.
+    roles: name → role, and kept: name → in which kinds of quantization, both as the profile of the model class says;
+        convolutions have a role of their own, and no backend but that of a rule takes them.
     where: the place of a recipe value as `file:line`.
     origin: where roles and kept come from.
     kind_of: a backend and its options → its kind.
@@ -109,14 +111,19 @@ class _Router:
     def apply(self, index: int, rule: Rule) -> None:
         source = (*self.path, "rules", index)
         matched = self._of_role(rule.role, source) if rule.role else self._matching(rule.layers or "", source)
-        eligible = matched if rule.backend == "keep" else [name for name in matched if name in self.linear]
+        eligible = matched if rule.backend == "keep" else self._quantizable(matched)
         self._keep_from(eligible, rule.backend, rule.options)
         free = [name for name in eligible if name not in self.routes]
         if matched and not eligible:
-            self._report(self._not_linear, rule, source, matched)
+            self._report(self._not_quantizable, rule, source, matched)
         elif eligible and not free:
             self._report(self._never_wins, rule, source, eligible)
         self._assign(free, Route(rule.backend, rule.options, rule.otherwise, source, f"rule {index + 1}"))
+
+    def _quantizable(self, matched: Sequence[str]) -> list[str]:
+        """The linear layers; convolutions only where there are none, so that wide patterns do not reach them."""
+        linear = [name for name in matched if name in self.linear]
+        return linear or [name for name in matched if self.roles.get(name) == CONVOLUTION]
 
     def fill(self) -> None:
         recipe = self.recipe
@@ -179,12 +186,12 @@ class _Router:
         what = f"no layer of {self.component} has the role {shown(role)}"
         return Problem(what, place, "", "one of " + ", ".join(known), did_you_mean(role[:80], known))
 
-    def _not_linear(self, rule: Rule, source: KeyPath, matched: Sequence[str]) -> Problem:
+    def _not_quantizable(self, rule: Rule, source: KeyPath, matched: Sequence[str]) -> Problem:
         return Problem(
-            f"{_said(rule)} matches only layers that are not linear",
+            f"{_said(rule)} matches only layers that are not linear, and no plain convolutions",
             self.where(source),
             got=_some(matched),
-            expected=f"linear layers: {rule.backend} holds no others",
+            expected="linear layers, or convolutions that are neither transposed nor in groups (depthwise)",
             next_step="remove the rule (they stay as they are), or give it `backend: keep`",
         )
 
@@ -198,8 +205,9 @@ class _Router:
         return Problem(what, self.where(source), got=_some(eligible), next_step=mend)
 
     def _keep_without(self, wanted: Sequence[str]) -> str:
-        """The `keep` list that leaves these layers to the rules; layers that are not linear need no mention."""
-        kept = [name for name, taken in self.routes.items() if taken.label.startswith("keep") and name in self.linear]
+        """The `keep` list that leaves these layers to the rules; what no rule can take needs no mention."""
+        takers = self.linear | {name for name, role in self.roles.items() if role == CONVOLUTION}
+        kept = [name for name, taken in self.routes.items() if taken.label.startswith("keep") and name in takers]
         freed = set(wanted)
         rest = [name for name in kept if name not in freed]
         more = ", …" if len(rest) > KEEP_SHOWN else ""

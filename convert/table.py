@@ -132,7 +132,7 @@ def size(size_bytes: float) -> str:
 
 
 def _shown(entry: Entry) -> bool:
-    return entry.kind == "Linear"
+    return entry.kind == "Linear" or "Conv" in entry.kind
 
 
 def _key(entry: Entry) -> tuple[str, str, str, str]:

@@ -1,7 +1,7 @@
 """Records what the original's denoiser and text encoders are given and answer, to ask quantized ones the same.
 
 One safetensors file per sample: every call's inputs and output, and at three steps of the first two samples some rows
-of each linear layer's input. The header's metadata says which tensors make up which call.
+of the input of each linear layer and convolution. The header's metadata says which tensors make up which call.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bitroute.backends.base import is_convolution
 from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem, SourceError
 from bitroute.eval.apart import Heard, answer, run_apart, tell
 from bitroute.eval.calling import parameters, run_pipeline
 from bitroute.eval.generate import load
+from bitroute.eval.patches import patches
 from bitroute.eval.sampling import Sample, Sampling
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # Wan has two transformers, for early and for late steps
@@ -158,7 +160,7 @@ class Recorder:
             model.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
             model.register_forward_hook(self._after)
             for layer, module in model.named_modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) or is_convolution(module):
                     module.register_forward_pre_hook(partial(self._layer, f"{name}/{layer}"))
         for name, part in pipe.components.items():
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
@@ -204,12 +206,17 @@ class Recorder:
         else:
             self.tape.texts.append({"encoder": name, **call, "outputs": outputs})
 
-    def _layer(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _layer(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         steps = len(self.pipe.scheduler.timesteps)
         if self.tape.layers and args and len(self.tape.timesteps) in (0, steps // 2, steps - 1):
-            rows = args[0].reshape(-1, args[0].shape[-1])
-            chosen = rows[:: max(1, -(-len(rows) // LAYER_ROWS))].detach()
+            chosen = (_rows if isinstance(module, nn.Linear) else patches)(args[0].detach(), module, LAYER_ROWS)
             self.tape.tensors[f"{name}/{len(self.tape.calls)}"] = chosen.to("cpu", copy=True).contiguous()
+
+
+def _rows(x: Tensor, layer: nn.Module, most: int) -> Tensor:
+    """At most so many of the rows [n, in] of a linear layer's input, spread evenly."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def flat_output(output: Any) -> Tensor:

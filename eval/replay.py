@@ -295,7 +295,8 @@ def _layer_errors(candidate: Path, original: Path, name: str, tapes: Sequence[Re
     recorded = _recorded_component(candidate, name)
     if recorded is None:
         return
-    sources = build(open_pipeline(str(original)).components[name]).sources
+    source = open_pipeline(str(original), dequantize=read_record(candidate).dequantize)
+    sources = build(source.components[name]).sources
     several = len({call["denoiser"] for tape in tapes for call in tape.calls}) > 1
     for entry in recorded.entries:
         inputs = [x for tape in tapes[:LAYER_SAMPLES] for x in tape.layer_inputs(f"{name}/{entry.layer}")]
@@ -318,10 +319,13 @@ def _layer_error(
     recorded: RecordedComponent, entry: RecordedEntry, source: StoredTensor, inputs: Sequence[tuple[int, Tensor]],
     where: str,
 ) -> dict[int, float]:  # fmt: skip
-    """Step → ||x(Ŵ - W)ᵀ|| / ||xWᵀ|| in float32, the mean over its calls; x [n, in], W and Ŵ [out, in]."""
+    """Step → ||x(Ŵ - W)ᵀ|| / ||xWᵀ|| in float32, the mean over its calls; x [n, in], W and Ŵ [out, in].
+
+    Of a convolution, x is patches and `in` counts the kernel too.
+    """
     tensors = recorded.component.tensors
     stored = {suffix: read_tensor(tensors[place]) for suffix, (place, _) in entry.tensors.items()}
-    weight = read_tensor(source).float()
+    weight = read_tensor(source).float().flatten(1)
     decoded = entry.backend.decode(stored, entry.weight)
     errors: dict[int, list[float]] = {}
     for step, x in inputs:
