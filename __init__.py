@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
+    from bitroute.convert.dequantize import dequantize
     from bitroute.convert.job import quantize
     from bitroute.convert.plan import plan
     from bitroute.convert.verify import verify
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "BitrouteError", "Sampling", "__version__", "evaluate", "plan", "quantize", "read_prompts", "verify",
+    "BitrouteError", "Sampling", "__version__", "dequantize", "evaluate", "plan", "quantize", "read_prompts", "verify",
     "write_report",
 ]  # fmt: skip
 
 _HOMES = {
     "BitrouteError": "bitroute.errors",
     "Sampling": "bitroute.eval.sampling",
+    "dequantize": "bitroute.convert.dequantize",
     "evaluate": "bitroute.eval.evaluate",
     "plan": "bitroute.convert.plan",
     "quantize": "bitroute.convert.job",

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitroute.convert import commands as around_a_job
+from bitroute.convert import sources
 from bitroute.convert.commands import CONTEXT, JSON, run_verification
+from bitroute.convert.conversion_command import SHARD_SIZE, convert_model
 from bitroute.convert.noise import quiet
 from bitroute.errors import BitrouteError, Problem
 from bitroute.eval import commands as evaluation
@@ -125,6 +127,9 @@ def _print_problems(error: BitrouteError) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of bitroute in the output folder.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted job; start it where there is nothing yet.")
 @click.option("--allow-pickle", is_flag=True, help="Also read weights from *.bin files, tensors alone.")
+@click.option("--config", help="The pipeline that a single file belongs to: for all that it lacks.")
+@SHARD_SIZE
+@click.option("--dequantize", is_flag=True, help="Read what is already quantized as bf16: the errors of both add up.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu, cuda, mps.")
 @click.option("--no-verify", is_flag=True, help="Do not verify the result.")
 @click.option("--eval", "evaluated", is_flag=True, help="Compare with the original as the recipe's `eval` says.")
@@ -139,7 +144,8 @@ def _print_problems(error: BitrouteError) -> None:
 @click.pass_context
 def main(
     ctx: click.Context, recipe: str | None, model: str | None, out: Path | None, dry_run: bool,
-    overwrite: bool, resume: bool, allow_pickle: bool, device: str, no_verify: bool, evaluated: bool,
+    overwrite: bool, resume: bool, allow_pickle: bool, config: str | None,
+    shard_size: int | None, dequantize: bool, device: str, no_verify: bool, evaluated: bool,
     pushed: str | None, accept_license: bool, as_json: bool, verbose: int,
 ) -> None:  # fmt: skip
     """Quantize a diffusers pipeline: a recipe in, a checkpoint that diffusers loads out.
@@ -164,7 +170,9 @@ def main(
     from bitroute.convert.plan import fetch, plan
 
     check_device(device)
-    planned = plan(recipe, model, allow_pickle=allow_pickle)
+    planned = plan(
+        recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config, shard_bytes=shard_size
+    )
     target = None if pushed is None else around_a_job.push_target(planned, pushed, accept_license)
     wanted = evaluated or (target and planned.recipe.recipe and planned.recipe.recipe.eval)
     sampling = evaluation.sampling_of(planned, device) if wanted else None
@@ -262,6 +270,7 @@ def _is_begun(out: Path) -> bool:
 COMMANDS = (
     around_a_job.recipes, around_a_job.recommend_recipe, around_a_job.list_backends, around_a_job.inspect_path,
     around_a_job.verify_folder, around_a_job.push_folder, around_a_job.show_profile, around_a_job.show_doctor,
+    sources.dequantize_model, convert_model,
     evaluation.evaluate_folders, evaluation.compare_folders,
 )  # fmt: skip
 for command in COMMANDS:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bitroute.convert.bare import INDEX
 from bitroute.convert.checkpoint import STEMS, Component
 from bitroute.convert.copies import WEIGHTS
 from bitroute.convert.hub import PAGE
@@ -52,14 +53,14 @@ def model_card(given: CardInputs, repo: str, revision: str | None = None) -> str
     """
     content = read_json(given.folder / "bitroute.json")
     plan, record, origin = content["plan"], given.record, given.origin
-    index = read_json(given.folder / "model_index.json")
+    index = {} if record.bare else read_json(given.folder / INDEX)
     resident = component_bytes(record, given.folder, index)
     body = _environment().get_template("card.md.j2").render(
-        title=repo.rpartition("/")[2], origin=origin, trial=given.trial,
+        title=repo.rpartition("/")[2], origin=origin, trial=given.trial, bare=record.bare,
         link=_Markdown(f"{PAGE}{origin.repo}"), devices=plan["devices"],
         sizes=_Markdown(_from_to(plan["source_bytes"], plan["size_bytes"])),
         ratio=f"{plan['size_bytes'] / max(plan['source_bytes'], 1):.0%}",
-        code=_Markdown(fenced(loading_code(repo, needs_bitroute(record), revision), "python")),
+        code=_Markdown(fenced(loading_code(repo, needs_bitroute(record), revision, record.bare), "python")),
         install=_Markdown(fenced(_install(plan["packages"]), "sh")), needs_bitroute=needs_bitroute(record),
         parts=_Markdown(table(TITLES, _rows(record, resident))),
         quality=given.quality, table=_Markdown(given.quality.table if given.quality else ""),
@@ -77,7 +78,8 @@ def metadata(record: Record, origin: Origin, index: Mapping[str, Any]) -> ModelC
     containers = {component.container for component in record.components} - {"plain", "bitroute"}
     relation: dict[str, Any] = {"base_model_relation": "quantized"} if origin.repo else {}
     return ModelCardData(
-        base_model=origin.repo, **relation, **origin.license, library_name="diffusers",
+        base_model=origin.repo, **relation, **origin.license,
+        library_name=record.bare.library if record.bare else "diffusers",
         pipeline_tag=pipeline_tag(str(index.get("_class_name"))), tags=["bitroute", *sorted(containers | formats)],
     )  # fmt: skip
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from bitroute.convert.bare import CONFIG, INDEX, BareIndex, bare_index
 from bitroute.convert.document import SHOWN, printable
 from bitroute.convert.layout import Header, StoredTensor, read_header
 from bitroute.convert.pickles import read_pickle
 from bitroute.convert.reading import read_json
+from bitroute.convert.recipe import Dequantize
 from bitroute.errors import Problem, SourceError, did_you_mean
 
 if TYPE_CHECKING:
     from bitroute.convert.download import HubSource
+    from bitroute.convert.lora import Lora
 
 BUILTIN = "builtin:"
 View = Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]]
@@ -38,6 +41,18 @@ class Component:
     folder: Path
     allow_pickle: bool = False
     views: tuple[View, ...] = ()  # what the stored tensors are read as, one after the other
+    notes: tuple[str, ...] = ()  # what a plan says of how it is read
+    bare: bool = False  # the whole model: no pipeline is around it
+
+    @property
+    def place(self) -> PurePosixPath:
+        """Its folder, relative to that of its model."""
+        return PurePosixPath("." if self.bare else self.name)
+
+    @property
+    def root(self) -> Path:
+        """The folder of its model."""
+        return self.folder if self.bare else self.folder.parent
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -138,7 +153,7 @@ def is_plain_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A diffusers pipeline folder."""
+    """A diffusers pipeline folder, or that of a model which is one component."""
 
     folder: Path
     name: str  # as the user wrote it
@@ -146,6 +161,19 @@ class Pipeline:
     hub: HubSource | None = None  # where on the Hub it comes from
     is_outline: bool = False  # good for a plan only: the weights are headers without data
     allow_pickle: bool = False  # whether weights may be read from *.bin
+    dequantize: Dequantize = False  # as what components that are already quantized are read
+    held: Mapping[str, Component] = field(default_factory=dict)  # those whose weights are in the single file `name`
+    config: Pipeline | None = None  # where everything else comes from, if `name` is a single file
+    loras: tuple[Lora, ...] = ()  # fused into the weights
+    views: Mapping[str, tuple[View, ...]] = field(default_factory=dict)  # component → what else its tensors are read as
+
+    @property
+    def bare(self) -> bool:
+        return isinstance(self.index, BareIndex)
+
+    def place(self, name: str) -> Path:
+        """The folder of a part."""
+        return self.folder if self.bare else self.folder / name
 
     @cached_property
     def components(self) -> dict[str, Component]:
@@ -159,9 +187,22 @@ class Pipeline:
             if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
                 continue
             library, class_name = entry
-            if (self.folder / name).is_dir() and library in STEMS and holds_model(self.folder / name, library):
-                found[name] = Component(name, library, class_name, self.folder / name, self.allow_pickle)
-        return found
+            place = self.place(name)
+            if place.is_dir() and library in STEMS and holds_model(place, library):
+                found[name] = Component(name, library, class_name, place, self.allow_pickle, bare=self.bare)
+        if self.dequantize:
+            found = {name: self._decoded(component) for name, component in found.items()}
+        found |= {name: replace(held, folder=self.place(name), bare=self.bare) for name, held in self.held.items()}
+        return found | {name: self._viewed(found[name], views) for name, views in self.views.items() if name in found}
+
+    def _viewed(self, component: Component, views: tuple[View, ...]) -> Component:
+        notes = (lora.note(component.name) for lora in self.loras if component.name in lora.layers)
+        return replace(component, views=(*component.views, *views), notes=(*component.notes, *notes))
+
+    def _decoded(self, component: Component) -> Component:
+        from bitroute.convert.decoded import decoded
+
+        return decoded(component, self.dequantize)
 
     @property
     def wanted(self) -> list[str]:
@@ -171,18 +212,20 @@ class Pipeline:
     @property
     def parts(self) -> list[str]:
         """Every folder that the pipeline's index names and that is there."""
-        return [name for name in self.wanted if (self.folder / name).is_dir()]
+        return [name for name in self.wanted if self.place(name).is_dir()]
 
 
 def open_pipeline(
     model: str, revision: str | None = None, variant: str | None = None, *,
-    access: Access = "download", allow_pickle: bool = False,
+    access: Access = "download", allow_pickle: bool = False, dequantize: Dequantize = False, config: str | None = None,
 ) -> Pipeline:  # fmt: skip
     """A local pipeline folder, `builtin:NAME`, or else a model on the Hub, `owner/name` or `owner/name@revision`.
 
+    Or a single file, with the pipeline that it belongs to as its `config`.
+
     revision: a branch, a tag or a commit. variant: of the weights, such as fp16. Both are the Hub's only.
     access: `download` what the pipeline needs, `outline` it for a plan, or open what the `cache` has, without network.
-    allow_pickle: also read weights from *.bin, tensors alone.
+    allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
 
     Raises:
         SourceError: there is no such folder and no such model, or it is not a pipeline folder.
@@ -195,32 +238,39 @@ def open_pipeline(
         raise SourceError(Problem("not a usable model path", model[:100], got=str(error)[:200])) from error
     if is_folder and (revision or variant):
         raise SourceError(_not_of_a_folder(model))
+    if is_there and not is_folder:
+        from bitroute.convert.single_file import open_single_file
+
+        return open_single_file(model, folder, config, access, dequantize)
+    if config is not None:
+        raise SourceError(_no_single_file(model))
     if not is_there:
         from bitroute.convert.hub import parse_hub_id
 
         hub_id = parse_hub_id(model)
         if hub_id:
-            return _open_hub(model, hub_id[0], revision or hub_id[1], variant, access, allow_pickle)
+            return _open_hub(model, hub_id[0], revision or hub_id[1], variant, access, allow_pickle, dequantize)
     if not is_folder:
         raise SourceError(_no_folder(model, folder))
-    return Pipeline(folder, model, _index(folder), allow_pickle=allow_pickle)
+    return Pipeline(folder, model, read_index(folder), allow_pickle=allow_pickle, dequantize=dequantize)
 
 
 def _open_hub(
-    model: str, repo: str, revision: str | None, variant: str | None, access: Access, allow_pickle: bool
-) -> Pipeline:
+    model: str, repo: str, revision: str | None, variant: str | None, access: Access, allow_pickle: bool,
+    dequantize: Dequantize,
+) -> Pipeline:  # fmt: skip
     from bitroute.convert import download
 
     source = download.find_source(repo, revision, variant, cached=access == "cache")
     if access != "outline" or not source.missing:
         folder = download.download(source)
-        return Pipeline(folder, model, _index(folder), source, allow_pickle=allow_pickle)
+        return Pipeline(folder, model, read_index(folder), source, False, allow_pickle, dequantize)
     if allow_pickle and any(name.endswith(".bin") for name in source.names):
         mend = f"hf download {repo} --revision {source.commit}, then run it again"
         raise SourceError(Problem("pickled weights cannot be planned before they are here", model, next_step=mend))
     folder = download.outline(source)
-    pipeline = Pipeline(folder, model, _index(folder), source, is_outline=True, allow_pickle=allow_pickle)
-    download.forget_with(pipeline, folder)
+    pipeline = Pipeline(folder, model, read_index(folder), source, True, allow_pickle, dequantize)
+    download.forget_with(source, folder)  # which every copy of the pipeline holds
     return pipeline
 
 
@@ -231,20 +281,27 @@ def folder_name(folder: Path) -> str:
     return repository.rpartition("--")[2] if in_cache else folder.name
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    if "model_index.json" not in file_names(folder):
-        raise SourceError(
-            Problem(
-                "not a diffusers pipeline folder", str(folder), got="no model_index.json",
-                next_step="give the folder that holds model_index.json, not one of its components",
-            )
-        )  # fmt: skip
-    index = read_json(folder / "model_index.json")
+def read_index(folder: Path) -> dict[str, Any]:
+    """The parts of a pipeline, or the one of a bare model; raises SourceError where there is neither."""
+    names = file_names(folder)
+    if INDEX not in names:
+        bare = bare_index(read_json(folder / CONFIG)) if CONFIG in names else None
+        if bare is None:
+            raise SourceError(_no_model(folder, f"a {CONFIG} that names no class" if CONFIG in names else ""))
+        return bare
+    index = read_json(folder / INDEX)
     for name in index:
         if not is_plain_name(name):
             what = "a part outside the pipeline folder"
-            raise SourceError(_outside(folder / "model_index.json", what, name, "plain folder names"))
+            raise SourceError(_outside(folder / INDEX, what, name, "plain folder names"))
     return index
+
+
+def _no_model(folder: Path, got: str) -> Problem:
+    return Problem(
+        "not a diffusers pipeline folder", str(folder), got=f"no {INDEX}" + (f", and {got}" if got else ""),
+        expected=f"{INDEX}, or weights and a {CONFIG} with the `_class_name` or the `architectures` of one component",
+    )  # fmt: skip
 
 
 def _not_of_a_folder(model: str) -> Problem:
@@ -254,15 +311,18 @@ def _not_of_a_folder(model: str) -> Problem:
     )  # fmt: skip
 
 
+def _no_single_file(model: str) -> Problem:
+    mend = "leave --config (`config:` in the recipe) out"
+    return Problem("only a single file has a config beside it", model, got="no file of that name", next_step=mend)
+
+
 def _no_folder(model: str, folder: Path) -> Problem:
-    if folder.exists():
-        got, mend = "a file", "give the diffusers folder (with model_index.json): single files are not read"
-    elif model.startswith(BUILTIN):
+    if model.startswith(BUILTIN):
         got, mend = "no bundled model of that name", "builtin:tiny-flux is the bundled one"
     else:
-        beside = [path.parent.name for path in folder.parent.glob("*/model_index.json")]
+        beside = [path.parent.name for path in folder.parent.glob(f"*/{INDEX}")]
         got, mend = "no folder of that name", did_you_mean(folder.name, beside)
-    expected = "a diffusers pipeline folder, owner/name on the Hub, or builtin:tiny-flux"
+    expected = "a diffusers pipeline folder, a single file, owner/name on the Hub, or builtin:tiny-flux"
     return Problem("no such model folder", model, got, expected, mend)
 
 
@@ -270,4 +330,4 @@ def _builtin(model: str) -> Path:
     from importlib.resources import files
 
     folder = Path(str(files("bitroute.recipes"))) / model.removeprefix(BUILTIN)
-    return folder if (folder / "model_index.json").is_file() else Path(model)
+    return folder if (folder / INDEX).is_file() else Path(model)

@@ -80,13 +80,13 @@ def recipes_check(name: str, model: str | None) -> None:
     click.echo(f"{planned.recipe.name}: fits {planned.pipeline.name}, nothing to report")
 
 
-class _Memory(click.ParamType):
+class _Memory(click.ParamType[float]):
     """`12GB` as cards are sold, which is 12 GiB; without a unit GiB too."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d{1,4}(?:\.\d{1,3})?)\s*(?:GI?B?)?", str(value).strip(), re.IGNORECASE)
+        found = re.fullmatch(r"(\d{1,4}(?:\.\d{1,6})?)\s*(?:GI?B?)?", str(value).strip(), re.IGNORECASE)
         return float(found[1]) if found else self.fail(f"{value!r} is not a size such as 12GB", param, ctx)
 
 

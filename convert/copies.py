@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bitroute.convert.bare import goes_along
 from bitroute.convert.checkpoint import Pipeline, file_names
 from bitroute.convert.layout import read_header
 from bitroute.errors import Problem, SourceError
@@ -20,8 +21,8 @@ def copies(pipeline: Pipeline, converted: Sequence[str]) -> tuple[dict[str, int]
     converted: the parts that the job writes itself; of those only what is neither weights nor config goes along, and
     the folders inside. Hidden files never do: tools leave them, no loader reads them.
     """
-    problems = [_missing(pipeline, name) for name in pipeline.wanted if not (pipeline.folder / name).is_dir()]
-    empty = [name for name in pipeline.components if not _has_weights(pipeline.folder / name)]
+    problems = [_missing(pipeline, name) for name in pipeline.wanted if not pipeline.place(name).is_dir()]
+    empty = [n for n in pipeline.components if n not in pipeline.held and not _has_weights(pipeline.place(n))]
     problems += [_no_weights(pipeline, name) for name in empty]
     found: dict[str, int] = {}
     for file in sorted(_files(pipeline, converted, problems)):
@@ -34,12 +35,14 @@ def copies(pipeline: Pipeline, converted: Sequence[str]) -> tuple[dict[str, int]
 
 
 def _files(pipeline: Pipeline, converted: Sequence[str], problems: list[Problem]) -> Iterator[Path]:
-    for folder in (pipeline.folder / name for name in pipeline.parts):
+    for folder in () if pipeline.bare else (pipeline.folder / name for name in pipeline.parts):
         for file in _walk(folder, problems):
             written = file.name == "config.json" or file.name.endswith(WEIGHTS)
             if not (folder.name in converted and file.parent == folder and written):
                 yield file
-    beside = [name for name in file_names(pipeline.folder) if name.upper().startswith(BESIDE)]
+    names, index = file_names(pipeline.folder), pipeline.index
+    own = [name for name in names if goes_along(name, index)] if pipeline.bare else []
+    beside = [name for name in names if name in own or name.upper().startswith(BESIDE)]
     yield from (pipeline.folder / name for name in beside if not (pipeline.folder / name).is_dir())
 
 
@@ -87,7 +90,7 @@ def _missing(pipeline: Pipeline, name: str) -> Problem:
 
 def _no_weights(pipeline: Pipeline, name: str) -> Problem:
     return Problem(
-        f"component {name!r} has no weights", str(pipeline.folder / name),
+        f"component {name!r} has no weights", str(pipeline.place(name)),
         got="no weight file, or links that lead nowhere", next_step="download the model again",
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bitroute.backends.base import CODES
+from bitroute.convert.bare import INDEX
 from bitroute.convert.checkpoint import Pipeline
 from bitroute.convert.entry import Entry
 from bitroute.convert.fold import fold
@@ -61,11 +62,12 @@ def label(entry: Entry) -> str:
 def written_files(plan: Plan) -> list[str]:
     """Every file that a job writes, relative to the output folder, in about the order of writing."""
     own = [
-        f"{component.name}/{name}"
+        str(component.component.place / name)
         for component in plan.components
         for name in [*component.shard_names, *index_names(component), "config.json"]
     ]
-    return [*own, *plan.copied, "model_index.json", "bitroute.json"]
+    index = [] if plan.pipeline.bare else [INDEX]
+    return [*own, *plan.copied, *index, "bitroute.json"]
 
 
 def index_names(component: ComponentPlan) -> list[str]:
@@ -83,10 +85,17 @@ def _origin(plan: Plan) -> dict[str, Any]:
 
 
 def _source(pipeline: Pipeline) -> dict[str, Any]:
-    """revision: the commit of a model on the Hub."""
+    """revision: the commit on the Hub. dequantize: as what quantized components were read; loras: fused."""
+    read_as: dict[str, Any] = {"dequantize": pipeline.dequantize} if pipeline.dequantize else {}
+    if pipeline.loras:
+        read_as["loras"] = [lora.record() for lora in pipeline.loras]
+    if pipeline.config is not None:
+        hub, config = pipeline.hub, pipeline.config.name
+        config = f"{hub.repo}@{hub.commit}" if hub else config
+        return {"model": pipeline.name, "revision": None, "config": config, **read_as}
     if pipeline.hub is None:
-        return {"model": pipeline.name, "revision": None}
-    return {"model": pipeline.hub.repo, "revision": pipeline.hub.commit, "variant": pipeline.hub.variant}
+        return {"model": pipeline.name, "revision": None, **read_as}
+    return {"model": pipeline.hub.repo, "revision": pipeline.hub.commit, "variant": pipeline.hub.variant, **read_as}
 
 
 def _component(plan: ComponentPlan) -> dict[str, Any]:
@@ -94,6 +103,7 @@ def _component(plan: ComponentPlan) -> dict[str, Any]:
     return {
         "library": plan.component.library,
         "class": plan.component.class_name,
+        "place": str(plan.component.place),
         "container": plan.container.name,
         "notes": list(plan.notes),
         "parameters": plan.parameters,

@@ -20,6 +20,7 @@ from typing import Any
 from huggingface_hub import cached_assets_path, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import tqdm
 
+from bitroute.convert.bare import CONFIG, INDEX, bare_index
 from bitroute.convert.hub import (
     HubModel,
     explained,
@@ -32,10 +33,9 @@ from bitroute.convert.hub import (
 from bitroute.convert.layout import HEADER_LIMIT_BYTES
 from bitroute.convert.progress import Bar
 from bitroute.convert.reading import CONFIG_LIMIT_BYTES
-from bitroute.convert.selection import Names, select
+from bitroute.convert.selection import ROOT_FILES, Names, select
 from bitroute.errors import JobError, Problem, SourceError
 
-INDEX = "model_index.json"
 HEAD_BYTES = 2**16  # the headers of FLUX.1-dev's shards are half as long
 CONNECTIONS = 8
 Progress = Callable[[int, str], None]
@@ -66,22 +66,21 @@ class HubSource:
         }
 
 
-def find_source(repo: str, revision: str | None, variant: str | None, *, cached: bool = False) -> HubSource:
+def find_source(
+    repo: str, revision: str | None, variant: str | None, *, cached: bool = False, whole: bool = True
+) -> HubSource:
     """Which commit, and which of its files; nothing is downloaded but the index.
 
-    cached: without network, as offline mode has it; every file is then there.
+    cached: without network, as offline mode has it; every file is then there, if it is to be `whole`.
 
     Raises:
         SourceError: no such model, no access, no pipeline, no such variant, or not all of it in the cache.
     """
     cached = cached or constants.is_offline_mode()
     model = find_cached(repo, revision) if cached else find_model(repo, revision)
-    if INDEX not in model.sizes:
-        raise SourceError(_no_pipeline(model))
-    content = (snapshot_folder(repo, model.commit) / INDEX).read_bytes() if cached else read_bytes(model, INDEX)
-    source = HubSource(model, variant, select(model.sizes, _index(model, content), variant, repo))
-    if cached and source.missing:
-        raise SourceError(_incomplete(source))
+    source = HubSource(model, variant, select(model.sizes, _index(model, cached), variant, repo))
+    if cached and whole:
+        check_complete(source)
     return source
 
 
@@ -169,7 +168,7 @@ def _outline_file(model: HubModel, folder: Path, plain: str, name: str) -> None:
     content = b""
     if name.endswith(".safetensors"):
         content = _header(model, name)
-    elif name == INDEX or name.endswith(("/config.json", ".index.json")) or ".index." in name:
+    elif name in (*ROOT_FILES, CONFIG) or name.endswith(("/config.json", ".index.json")) or ".index." in name:
         if size_bytes > CONFIG_LIMIT_BYTES:
             raise SourceError(Problem("a JSON file of that size is not a config", f"{model.repo}/{name}"))
         content = read_bytes(model, name)
@@ -227,22 +226,43 @@ def _check_room(source: HubSource, needed: int) -> None:
         )  # fmt: skip
 
 
-def _index(model: HubModel, content: bytes) -> Mapping[str, Any]:
-    try:
-        index = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(Problem("cannot read the file as JSON", f"{model.repo}/{INDEX}", got=str(error))) from error
-    if not isinstance(index, dict):
-        raise SourceError(Problem("not a JSON mapping", f"{model.repo}/{INDEX}", got=type(index).__name__))
+def _index(model: HubModel, cached: bool) -> Mapping[str, Any]:
+    """Of a pipeline, or of a model that is one component."""
+    if INDEX in model.sizes:
+        return _json(model, INDEX, cached)
+    index = bare_index(_json(model, CONFIG, cached)) if CONFIG in model.sizes else None
+    if index is None:
+        raise SourceError(_no_pipeline(model))
     return index
+
+
+def _json(model: HubModel, name: str, cached: bool) -> dict[str, Any]:
+    where = f"{model.repo}/{name}"
+    if model.sizes[name] > CONFIG_LIMIT_BYTES:
+        raise SourceError(Problem("a JSON file of that size is not a config", where))
+    try:
+        here = (snapshot_folder(model.repo, model.commit) / name).read_bytes if cached else None
+        content = json.loads(here() if here else read_bytes(model, name))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(Problem("cannot read the file as JSON", where, got=str(error))) from error
+    if not isinstance(content, dict):
+        raise SourceError(Problem("not a JSON mapping", where, got=type(content).__name__))
+    return content
 
 
 def _no_pipeline(model: HubModel) -> Problem:
     there = [name for name in model.sizes if "/" not in name and name.endswith((".safetensors", ".gguf", ".ckpt"))]
+    single = "a single file is given as --model FILE --config REPO"
     return Problem(
         "not a diffusers pipeline", model.repo, got=f"no {INDEX}" + (f", but {', '.join(there[:3])}" if there else ""),
-        next_step="give the repository with the diffusers layout: single files are not read",
+        next_step=f"give the repository with the diffusers layout; {single}",
     )  # fmt: skip
+
+
+def check_complete(source: HubSource) -> None:
+    """Raises SourceError where the cache lacks a file."""
+    if source.missing:
+        raise SourceError(_incomplete(source))
 
 
 def _incomplete(source: HubSource) -> Problem:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bitroute.backends.base import Backend, NativeRecord, TensorSpec
-from bitroute.convert.layout import StoredTensor, total_bytes
+from bitroute.convert.layout import DerivedTensor, StoredTensor, total_bytes
+
+DERIVING_BYTES = 12  # a weight: what it is derived from, that in float32, the result
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,20 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         return total_bytes(self.outputs.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """What a worker of a job holds of it beside blocks: a layer to quantize, and the whole of what is derived."""
+        return (self.source.spec.size_bytes if self.quantized else 0) + self._deriving_bytes
+
+    @property
+    def compared_bytes(self) -> int:
+        """What it takes to hold the stored layer, decoded to float32, against its source."""
+        return (12 * self.weight.numel if self.quantized else 0) + self._deriving_bytes
+
+    @property
+    def _deriving_bytes(self) -> int:
+        return DERIVING_BYTES * self.weight.numel if isinstance(self.source, DerivedTensor) else 0
 
     @property
     def bits_per_weight(self) -> float:

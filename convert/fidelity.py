@@ -13,7 +13,7 @@ from torch import Tensor
 from bitroute.convert.architecture import build
 from bitroute.convert.checkpoint import Component, Pipeline
 from bitroute.convert.layout import StoredTensor
-from bitroute.convert.reading import read_rows, read_tensor
+from bitroute.convert.reading import read_blocks, read_tensor
 from bitroute.convert.record import RecordedComponent, RecordedEntry
 from bitroute.convert.workers import check_stop, run_all
 from bitroute.errors import Problem, SourceError
@@ -108,9 +108,10 @@ def _decode(component: Component, entry: RecordedEntry) -> Tensor:
 def _compare(component: str, entry: RecordedEntry, decoded: Tensor, original: StoredTensor) -> LayerQuality:
     """The source is read in blocks of rows; no temporary is larger than one, and sums are in float64."""
     signal = noise = largest = 0.0
-    for start, stop in entry.backend.block_bounds(entry.weight):
+    bounds = list(entry.backend.block_bounds(entry.weight))
+    for (start, stop), block in zip(bounds, read_blocks(original, iter(bounds)), strict=True):
         check_stop()
-        rows = read_rows(original, start, stop).float()
+        rows = block.float()
         error = decoded[start:stop] - rows
         low, high = error.aminmax()
         largest = max(largest, -low.item(), high.item())
@@ -131,9 +132,10 @@ def _is_copy(component: Component, entry: RecordedEntry, original: StoredTensor)
     """A kept tensor is its source, byte for byte or cast to the planned dtype."""
     name, spec = entry.tensors["weight"]
     stored = component.tensors[name]
-    for start, stop in entry.backend.block_bounds(original.spec.rows):
+    bounds = list(entry.backend.block_bounds(original.spec.rows))
+    for copy, rows in zip(read_blocks(stored, iter(bounds)), read_blocks(original, iter(bounds)), strict=True):
         check_stop()
-        if not torch.equal(_raw(read_rows(stored, start, stop)), _raw(read_rows(original, start, stop).to(spec.dtype))):
+        if not torch.equal(_raw(copy), _raw(rows.to(spec.dtype))):
             return False
     return True
 

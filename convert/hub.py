@@ -78,8 +78,8 @@ def find_cached(repo: str, revision: str | None = None) -> HubModel:
 
 
 def snapshot_folder(repo: str, commit: str) -> Path:
-    """Where the cache keeps the files of a commit; raises LocalEntryNotFoundError where it has no pipeline of it."""
-    index = "model_index.json"
+    """Where the cache keeps the files of a commit; raises LocalEntryNotFoundError where it has no model of it."""
+    index = ["model_index.json", "config.json"]
     return Path(snapshot_download(repo, revision=commit, allow_patterns=index, local_files_only=True))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bitroute.backends.base import CODES
+from bitroute.convert.bare import CONFIG, INDEX, bare_index
 from bitroute.convert.checkpoint import BUILTIN, file_names, open_pipeline
 from bitroute.convert.layout import Header, read_header
 from bitroute.convert.reading import read_json
@@ -32,7 +33,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             Problem("no such file or folder", str(path), next_step="give a .safetensors file or a folder")
         )
     folders = [place, *(place / name for name in file_names(place) if os.path.isdir(place / name))]
-    components = {folder.name: _component(folder) for folder in folders if _weights(folder)}
+    components = {_name(folder, place): _component(folder) for folder in folders if _weights(folder)}
     if not components:
         raise SourceError(Problem("no safetensors file in this folder or right below it", str(path)))
     origin = read_json(place / "bitroute.json") if (place / "bitroute.json").is_file() else None
@@ -48,6 +49,13 @@ def _place(path: str) -> Path:
         return place
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user
         raise SourceError(Problem("not a usable path", path[:100], got=str(error)[:200])) from error
+
+
+def _name(folder: Path, place: Path) -> str:
+    """What recipes call it; of a folder below `place` its name."""
+    bare = folder == place and INDEX not in file_names(place) and (place / CONFIG).is_file()
+    index = bare_index(read_json(place / CONFIG)) if bare else None
+    return next(iter(index)) if index else folder.name
 
 
 def _weights(folder: Path) -> list[Path]:

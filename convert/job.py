@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitroute.convert.architecture import without_choices
+from bitroute.convert.bare import CONFIG, INDEX
 from bitroute.convert.describe import index_names, summary
 from bitroute.convert.entry import Entry
 from bitroute.convert.files import copy, make_folder, sha256, write_json
@@ -22,6 +23,7 @@ from bitroute.convert.layout import total_bytes
 from bitroute.convert.output import begin, claimed
 from bitroute.convert.plan import ComponentPlan, Plan, fetch, plan
 from bitroute.convert.reading import read_blocks
+from bitroute.convert.recipe import Dequantize
 from bitroute.convert.workers import check_stop, run_all
 from bitroute.convert.writer import ShardWriter, is_written
 from bitroute.errors import BackendError, JobError, Problem, RecipeError, SourceError
@@ -35,20 +37,21 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def quantize(
     recipe: str, model: str | None = None, out: str | Path | None = None, *,
     device: str = "cpu", overwrite: bool = False, resume: bool = False, allow_pickle: bool = False,
-    progress: Progress | None = None,
+    dequantize: Dequantize = False, config: str | None = None, progress: Progress | None = None,
 ) -> Path:  # fmt: skip
     """Plans and runs a recipe; returns the checkpoint folder. Verification is `bitroute.verify`.
 
     recipe: a file or a built-in name. model: a pipeline folder, a Hub id or builtin:NAME, else the recipe's own.
     out: the folder to write, by default one named after the recipe. device: where the arithmetic runs.
     overwrite: replace an earlier output. resume: finish an interrupted one, or start where there is none.
-    allow_pickle: also read weights from *.bin, tensors alone.
+    allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
+    config: the pipeline that a single file, given as the model, belongs to.
 
     Raises:
         RecipeError, SourceError: refused before anything was written.
         JobError: the job could not finish; what it left carries no name that a loader looks for.
     """
-    planned = fetch(plan(recipe, model, allow_pickle=allow_pickle))
+    planned = fetch(plan(recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config))
     folder = Path(out).expanduser() if out is not None else Path(Path(planned.recipe.name).stem)
     run(planned, folder, device=device, overwrite=overwrite, resume=resume, progress=progress)
     return folder
@@ -73,14 +76,18 @@ def run(
 
 def _write(plan: Plan, out: Path, journal: Journal, device: torch.device, report: Progress) -> None:
     """Whole shards and copies that are there already stay as they are."""
+    configs = [_config(plan, component) for component in plan.components]
     done = _written_shards(plan, out)
     if done:
         report(sum(done.values()), "done before")
     for component in plan.components:
-        _write_component(plan, component, out / component.name, done, device, report)
+        _write_component(component, out / component.component.place, done, device, report)
     for name, size_bytes in plan.copied.items():
         _copy(plan, name, size_bytes, out)
-    copy(plan.pipeline.folder / "model_index.json", out / "model_index.json")
+    for component, config in zip(plan.components, configs, strict=True):  # last: with it a component looks whole
+        write_json(out / component.component.place / CONFIG, config)
+    if not plan.pipeline.bare:
+        copy(plan.pipeline.folder / INDEX, out / INDEX)
     journal.finish(out, _hashes(out, [name for name in journal.files if name != DONE]))
 
 
@@ -99,7 +106,7 @@ def _written_shards(plan: Plan, out: Path) -> dict[Path, int]:
     return {
         file: sum(entry.source.spec.size_bytes for entry in shard)
         for component in plan.components
-        for file, shard in _shards(component, out / component.name)
+        for file, shard in _shards(component, out / component.component.place)
         if is_written(file, component.specs(shard), component.container.metadata(shard, component.entries))
     }
 
@@ -143,7 +150,7 @@ def check_device(device: str) -> None:
 
 
 def _write_component(
-    plan: Plan, component: ComponentPlan, folder: Path, done: Container[Path], device: torch.device, report: Progress
+    component: ComponentPlan, folder: Path, done: Container[Path], device: torch.device, report: Progress
 ) -> None:
     make_folder(folder)
     for file, shard in _shards(component, folder):
@@ -156,11 +163,14 @@ def _write_component(
             run_all(partial(_write_entry, writer, entry, names(entry), device, report) for entry in shard)
     for name in index_names(component):
         write_json(folder / name, _index(component))
-    config = without_choices(component.component.config)
+
+
+def _config(plan: Plan, component: ComponentPlan) -> dict[str, Any]:
+    config: dict[str, Any] = without_choices(component.component.config)
     quantization = component.container.config(component.entries)
     if quantization:
         config["quantization_config"] = {**quantization, "bitroute": summary(plan, component)}
-    write_json(folder / "config.json", config)
+    return config
 
 
 def _write_entry(

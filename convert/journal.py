@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from bitroute.convert.bare import INDEX
 from bitroute.convert.describe import provenance
 from bitroute.convert.files import write_json
 from bitroute.convert.plan import ComponentPlan, Plan
@@ -67,7 +68,7 @@ def journal_of(plan: Plan, device: str) -> Journal:
     """The journal of a job that begins now, as it would be read back."""
     folder, dated = plan.pipeline.folder, plan.pipeline.hub is None  # a commit is the same whenever it was downloaded
     files = [] if plan.pipeline.is_outline else _sources(plan)
-    source = {file.relative_to(folder).as_posix(): _stamp(file, dated) for file in files}
+    source = {_place(file, folder): _stamp(file, dated or folder not in file.parents) for file in files}
     return Journal(json.loads(json.dumps(provenance(plan))), device, source)
 
 
@@ -88,7 +89,8 @@ def read_journal(file: Path) -> Journal | None:
 
 def _sources(plan: Plan) -> Iterable[Path]:
     """Every file of the pipeline that the job reads."""
-    yield plan.pipeline.folder / "model_index.json"
+    if not plan.pipeline.bare:
+        yield plan.pipeline.folder / INDEX
     for component in plan.components:
         yield from _component_sources(component)
     yield from (plan.pipeline.folder / name for name in plan.copied)
@@ -99,6 +101,11 @@ def _component_sources(plan: ComponentPlan) -> Iterator[Path]:
     yield folder / "config.json"
     yield from sorted(plan.component.headers)
     yield from folder.glob("*.index.json")
+
+
+def _place(file: Path, folder: Path) -> str:
+    """Below the pipeline folder; a single file lies anywhere."""
+    return file.relative_to(folder).as_posix() if folder in file.parents else str(file)
 
 
 def _stamp(file: Path, dated: bool) -> Stamp | None:
@@ -140,7 +147,7 @@ def _source_changes(then: Mapping[str, Stamp | None], now: Mapping[str, Stamp | 
     for name in sorted({*then, *now}):
         old, new = then.get(name), now.get(name)
         if old != new:
-            yield _changed("the source file", _words(old), _words(new), f"{model}/{name}")
+            yield _changed("the source file", _words(old), _words(new), name if name == model else f"{model}/{name}")
 
 
 def _words(stamp: Stamp | None) -> str:

@@ -120,6 +120,18 @@ def total_bytes(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.size_bytes for spec in specs)
 
 
+def stored_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Of the files' parts that these are or are derived from, each counted once."""
+    left, found = list(tensors), dict[tuple[Path, int], int]()
+    while left:
+        tensor = left.pop()
+        if isinstance(tensor, DerivedTensor):
+            left += tensor.parts
+        else:
+            found[tensor.file, tensor.offset] = max(tensor.spec.size_bytes, found.get((tensor.file, tensor.offset), 0))
+    return sum(found.values())
+
+
 def _divisor(size_bytes: int) -> int:
     """The largest power of two up to 64 that divides the size."""
     return min(size_bytes & -size_bytes, ALIGNMENT_BYTES) if size_bytes else ALIGNMENT_BYTES

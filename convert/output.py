@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bitroute.convert.bare import CONFIG, INDEX
 from bitroute.convert.files import make_folder, sync
 from bitroute.convert.journal import DONE, DRAFT, UNFINISHED, Journal, read_journal
 from bitroute.convert.plan import WORKSPACE_BYTES, Plan
@@ -87,7 +88,7 @@ def listed_files(out: Path) -> dict[str, None]:
     """The names that the folder's record and journal list, finished or not, what makes a folder loadable first."""
     found = [name for mark in (DONE, UNFINISHED) if (out / mark).is_file() for name in _listed(out / mark)]
     names = {*found, *(f"{name}.part" for name in found)} - {UNFINISHED}
-    return dict.fromkeys(sorted(names, key=lambda name: (name != DONE, name != "model_index.json", name)))
+    return dict.fromkeys(sorted(names, key=lambda name: (name != DONE, name not in (INDEX, CONFIG), name)))
 
 
 def existing(out: Path, names: Iterable[str]) -> dict[Path, int]:
@@ -148,7 +149,8 @@ def _place_problem(plan: Plan, out: Path, names: Sequence[str]) -> Problem | Non
     source, place = plan.pipeline.folder.resolve(), out.resolve()
     if place == source or source in place.parents:
         return Problem("the output folder lies in the source model", str(out), next_step="give another --out")
-    if place in source.parents:
+    single = [Path(plan.pipeline.name).expanduser().resolve()] if plan.pipeline.config else []
+    if any(place in path.parents for path in (source, *single)):
         return Problem("the source model lies in the output folder", str(out), next_step="give another --out")
     if out.exists() and not out.is_dir():
         return Problem("the output is a file", str(out), next_step="give a folder as --out")

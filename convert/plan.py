@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
 from typing import Literal
 
 from bitroute import backends
 from bitroute.backends import Kind
 from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.architecture import Architecture, build, build_model
-from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline
+from bitroute.convert.bare import no_component
+from bitroute.convert.checkpoint import Component, Pipeline
 from bitroute.convert.container import Container, choose
 from bitroute.convert.copies import copies
 from bitroute.convert.document import sorted_problems
 from bitroute.convert.entry import Entry
 from bitroute.convert.inference import infer
+from bitroute.convert.layout import stored_bytes
+from bitroute.convert.opening import open_model
 from bitroute.convert.profile import ProfileFile, find_profile
-from bitroute.convert.recipe import ComponentRecipe, Dequantize, Recipe, RecipeFile, read_recipe
-from bitroute.convert.routing import Route, route
+from bitroute.convert.recipe import ComponentRecipe, Dequantize, RecipeFile, read_recipe
+from bitroute.convert.routing import CONVOLUTION, Route, route
+from bitroute.convert.shards import cut, shard_names
 from bitroute.convert.workers import cores
-from bitroute.errors import BackendError, Problem, RecipeError, SourceError, did_you_mean
+from bitroute.errors import BackendError, Problem, RecipeError, SourceError
 
 SHARD_BYTES = 5_000_000_000
 WORKSPACE_BYTES = 256 * 2**20  # blocks of rows, their temporaries and the allocator's slack
@@ -40,6 +43,7 @@ class ComponentPlan:
     container: Container
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
+    shard_bytes: int | None = None  # SHARD_BYTES by default
 
     @property
     def name(self) -> str:
@@ -67,25 +71,11 @@ class ComponentPlan:
 
     @cached_property
     def shards(self) -> list[list[Entry]]:
-        """Entries in order, cut so that no shard passes SHARD_BYTES; a layer's tensors stay together."""
-        shards: list[list[Entry]] = [[]]
-        filled = 0
-        for _, group in groupby(self.entries, key=lambda entry: entry.layer):
-            layer = list(group)
-            size_bytes = sum(entry.size_bytes for entry in layer)
-            if shards[-1] and filled + size_bytes > SHARD_BYTES:
-                shards.append([])
-                filled = 0
-            shards[-1] += layer
-            filled += size_bytes
-        return shards
+        return cut(self.entries, self.shard_bytes or SHARD_BYTES)
 
     @property
     def shard_names(self) -> list[str]:
-        stem, count = self.component.stem, len(self.shards)
-        if count == 1:
-            return [f"{stem}.safetensors"]
-        return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return shard_names(self.component.stem, len(self.shards))
 
     def specs(self, entries: Sequence[Entry]) -> dict[str, TensorSpec]:
         """Stored tensor name → what the file holds under it."""
@@ -105,7 +95,7 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
-        return sum(c.source_bytes for c in self.components) + sum(self.copied.values())
+        return stored_bytes(e.source for c in self.components for e in c.entries) + sum(self.copied.values())
 
     @property
     def size_bytes(self) -> int:
@@ -131,8 +121,7 @@ class Plan:
     @property
     def job_peak_bytes(self) -> int:
         """Anonymous memory above an idle interpreter with the libraries imported: a layer at most for each worker."""
-        largest = max((e.held_bytes for c in self.components for e in c.entries), default=0)
-        return WORKSPACE_BYTES + cores() * largest
+        return WORKSPACE_BYTES + cores() * max((e.held_bytes for c in self.components for e in c.entries), default=0)
 
     @property
     def verify_peak_bytes(self) -> int:
@@ -143,12 +132,15 @@ class Plan:
 
 
 def plan(
-    recipe: str, model: str | None = None, *, allow_pickle: bool = False, dequantize: Dequantize = False
-) -> Plan:
+    recipe: str, model: str | None = None, *,
+    allow_pickle: bool = False, dequantize: Dequantize = False, config: str | None = None,
+    shard_bytes: int | None = None,
+) -> Plan:  # fmt: skip
     """The plan for a recipe (a file or a built-in name) and a model (folder, Hub id, or the recipe's own).
 
     Of a model on the Hub, what is not in the cache is outlined: `fetch` downloads it before a job.
     allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
+    config: the pipeline that a single file belongs to. shard_bytes: at most in one file, instead of the recipe's.
 
     Raises:
         RecipeError, SourceError: everything that is wrong with the recipe, the model and their match, at once.
@@ -156,7 +148,9 @@ def plan(
     file = read_recipe(recipe)
     if file.recipe is None:
         raise RecipeError(file.problems)
-    return plan_pipeline(file, _open_or_report(model, file.recipe, file, allow_pickle, dequantize))
+    said = file.recipe.model_copy(update={"shard_size": shard_bytes}) if shard_bytes else file.recipe
+    file = replace(file, recipe=said)
+    return plan_pipeline(file, open_model(file, said, model, allow_pickle, dequantize, config))
 
 
 def fetch(planned: Plan, progress: Callable[[int, str], None] | None = None) -> Plan:
@@ -180,9 +174,11 @@ def plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
     """The plan for a recipe and a model that are read already; raises as `plan` does."""
     problems = list(file.problems)
     components = []
-    for name, component_recipe in file.recipe.components.items() if file.recipe else ():
+    whole = {name: ComponentRecipe.model_validate({}) for name in (*pipeline.held, *pipeline.views)}  # not to be copied
+    said = file.recipe.components if file.recipe else {}
+    for name, component_recipe in {**said, **{n: r for n, r in whole.items() if n not in said}}.items():
         if name not in pipeline.components:
-            problems.append(_no_component(name, pipeline, file))
+            problems.append(no_component(name, pipeline, file.where))
             continue
         planned = _plan_component(pipeline.components[name], component_recipe, file, problems)
         components += [planned] if planned else []
@@ -191,25 +187,6 @@ def plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
     if problems:
         raise RecipeError(sorted_problems(problems))
     return Plan(file, pipeline, tuple(components), copied)
-
-
-def _open_or_report(
-    model: str | None, recipe: Recipe, file: RecipeFile, allow_pickle: bool, dequantize: Dequantize
-) -> Pipeline:
-    """The pipeline; where there is none, the recipe's own problems are reported with it."""
-    chosen = recipe.model if model is None else model
-    if chosen is None:
-        missing = Problem("no model", file.name, next_step="give --model DIR, or `model:` in the recipe")
-        raise RecipeError([*file.problems, missing])
-    own = chosen == recipe.model  # another model has other revisions
-    try:
-        revision, variant = (recipe.revision, recipe.variant) if own else (None, None)
-        read_as = dequantize or recipe.dequantize
-        return open_pipeline(
-            chosen, revision, variant, access="outline", allow_pickle=allow_pickle, dequantize=read_as
-        )
-    except SourceError as error:
-        raise RecipeError(sorted_problems([*file.problems, *error.problems])) from error
 
 
 def _plan_component(
@@ -233,7 +210,7 @@ def _plan_component(
     if found or not set(architecture.linear) <= set(routes):
         return None
     entries, notes, found = _entries(architecture, routes, chosen, knowledge.roles, where)
-    notes = [*knowledge.notes, *notes]
+    notes = [*component.notes, *knowledge.notes, *notes]
     problems += found
     if quantizes(recipe) and not found and not any(entry.quantized for entry in entries):
         problems.append(_takes_nothing(component, where))
@@ -242,12 +219,13 @@ def _plan_component(
         problems.append(_not_native(component, reason, where))
     if reason:
         notes.append(f"bitroute container, because {reason}")
-    return ComponentPlan(component, container, tuple(entries), tuple(notes))
+    shard_bytes = file.recipe.shard_size if file.recipe else None
+    return ComponentPlan(component, container, tuple(entries), tuple(notes), shard_bytes)
 
 
 @dataclass(frozen=True)
 class _Knowledge:
-    """What the profile says of the linear layers of one component."""
+    """What the profile says of the linear layers and convolutions of one component; the role of these is given."""
 
     roles: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, frozenset[Kind]] = field(default_factory=dict)
@@ -259,21 +237,22 @@ def _knowledge(
     component: Component, recipe: ComponentRecipe, architecture: Architecture, file: RecipeFile
 ) -> tuple[_Knowledge, list[Problem]]:
     """From the profile that the recipe names, else the built-in one, else inferred where it is asked for."""
-    names = architecture.linear
+    names, linear = [*architecture.linear, *architecture.convolutions], architecture.linear
+    given = dict.fromkeys(architecture.convolutions, CONVOLUTION)
     own = file.profiles.get(component.name)
     profile = own.profile if own else find_profile(component.class_name)
     if profile:
         wrong = [_other_class(component, own)] if own and profile.class_name != component.class_name else []
         notes = tuple(own.idle(architecture.layers)) if own and not wrong else ()
-        return _Knowledge(profile.roles_of(names), profile.kept(names), "profile", notes), wrong
+        return _Knowledge(profile.roles_of(linear) | given, profile.kept(names), "profile", notes), wrong
     asked = recipe.keep == "profile" or any(rule.role for rule in recipe.rules)
     if not (asked and quantizes(recipe)) or recipe.profile:  # a profile that could not be read told its own
-        return _Knowledge(), []
+        return _Knowledge(given), []
     inferred = infer(build_model(component))
     if inferred:
         found, words = inferred.profile, inferred.words(keeps=recipe.keep == "profile")
-        return _Knowledge(found.roles_of(names), found.kept(names), "inferred", (words,)), []
-    return _Knowledge(), [_no_profile(component, file.where)] if recipe.keep == "profile" else []
+        return _Knowledge(found.roles_of(linear) | given, found.kept(names), "inferred", (words,)), []
+    return _Knowledge(given), [_no_profile(component, file.where)] if recipe.keep == "profile" else []
 
 
 def _kind(backend: str, options: Mapping[str, object]) -> Kind | None:
@@ -317,13 +296,13 @@ def _entries(
         backend, reason = chosen[decision.backend, decision.source], decision.label
         if parameter != "weight":
             backend = backend if backend.name == "keep" else keep
-        refusal = backend.refuse(source.spec.rows)
+        kind = architecture.layers[layer] if parameter == "weight" else ""
+        refusal = (backend.refuse_convolution() if "Conv" in kind else None) or backend.refuse(source.spec.rows)
         if refusal and decision.otherwise == "keep":
             notes.append(f"{layer} is kept: {refusal}")
             backend, reason = keep, f"{reason}, otherwise keep"
         elif refusal:
             problems.append(_refused(layer, decision, refusal, where))
-        kind = architecture.layers[layer] if parameter == "weight" else ""
         place = where(decision.source)
         entries.append(Entry(name, source, backend, layer, kind, roles.get(layer, ""), reason, place))
     return entries, notes, problems
@@ -336,14 +315,6 @@ def _refused(layer: str, decision: Route, refusal: str, where: Where) -> Problem
     )  # fmt: skip
 
 
-def _no_component(name: str, pipeline: Pipeline, file: RecipeFile) -> Problem:
-    known = list(pipeline.components)
-    return Problem(
-        f"the pipeline has no component {name!r}", file.where(("components", name)),
-        expected=f"one of {', '.join(known)} ({pipeline.folder})", next_step=did_you_mean(name, known),
-    )  # fmt: skip
-
-
 def quantizes(recipe: ComponentRecipe) -> bool:
     return recipe.backend != "keep" or any(rule.backend != "keep" for rule in recipe.rules)
 
@@ -351,7 +322,8 @@ def quantizes(recipe: ComponentRecipe) -> bool:
 def _takes_nothing(component: Component, where: Where) -> Problem:
     return Problem(
         f"the recipe quantizes no layer of {component.name!r}", where(("components", component.name)),
-        got="no linear layer that is not kept", expected="convolutions and embeddings are not quantized",
+        got="no linear layer that is not kept",
+        expected="convolutions are quantized by a rule only (role: convolution), embeddings are not",
         next_step="leave the component out, and it is copied untouched; or say `keep: none` if it has linear layers",
     )  # fmt: skip
 

@@ -63,6 +63,7 @@ class InputRecipe(_Strict):
     fill: Fill = "random"
     below: str | None = Field(None, description="config key: random integers stay below it")
     when: str | None = Field(None, description="config key: the input exists only if it is true")
+    otherwise: list[int | str] = Field([], description="the shape where `when` is false; none: no such input")
     listed: bool = Field(False, description="whether the model wants a list, here of one such tensor")
 
 
@@ -108,15 +109,19 @@ class Profile(_Strict):
         Raises:
             RecipeError: the config lacks a size that the profile names.
         """
-        wanted = {name: given for name, given in self.inputs.items() if not given.when or config.get(given.when)}
-        return {name: self._probe_input(given, config) for name, given in wanted.items()}
+        shapes = {
+            name: given.shape if not given.when or config.get(given.when) else given.otherwise
+            for name, given in self.inputs.items()
+            if not given.when or config.get(given.when) or given.otherwise
+        }
+        return {name: self._probe_input(self.inputs[name], shape, config) for name, shape in shapes.items()}
 
     @cached_property
     def _patterns(self) -> list[tuple[Role, Pattern]]:
         return [(role, Pattern.parse(text)) for role, texts in self.roles.items() for text in texts]
 
-    def _probe_input(self, given: InputRecipe, config: Mapping[str, object]) -> ProbeInput:
-        shape = tuple(self._size(size, config) for size in given.shape)
+    def _probe_input(self, given: InputRecipe, wanted: Iterable[int | str], config: Mapping[str, object]) -> ProbeInput:
+        shape = tuple(self._size(size, config) for size in wanted)
         below = self._size(given.below, config) if given.below else None
         return ProbeInput(shape, given.dtype, given.fill, below, given.value, given.listed)
 

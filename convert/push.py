@@ -128,7 +128,7 @@ def _verify(folder: Path, say: Progress) -> Verification:
 def _prove(folder: Path, record: Record, given: Verification, say: Progress) -> Trial:
     if given.problems:
         raise SourceError(given.problems)
-    say("loading the pipeline in a fresh process")
+    say("loading the checkpoint in a fresh process")
     trial = try_loading(folder, record)
     if trial.problem:
         raise SourceError(trial.problem)

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 from bitroute import backends
 from bitroute.convert.document import KeyPath, Value, as_comments, compose, printable, read_text, shown, sorted_problems
 from bitroute.convert.profile import ProfileFile, read_profile
+from bitroute.convert.shards import SIZES, parse_size
 from bitroute.convert.validation import Levels, near_words, refused, validate
 from bitroute.errors import Problem, RecipeError
 
@@ -71,6 +72,15 @@ def _known_keep(value: object) -> object:
     return value
 
 
+def _known_size(value: object) -> int | None:
+    if value is None:
+        return None
+    found = parse_size(str(value)) if isinstance(value, int | str) and not isinstance(value, bool) else None
+    if found is None:
+        raise refused("'shard_size' is not valid", SIZES)
+    return found
+
+
 def _quoted(text: str) -> str:
     """A scalar as it is written in a YAML list."""
     return text if re.fullmatch(r"[A-Za-z_][\w.]{0,79}", text) else shown(text)
@@ -94,13 +104,14 @@ class Rule(_Strict):
         None,
         min_length=1,
         description="A pattern over the full dotted layer name: `*` (crosses dots), `?`, `[...]`, block "
-        "ranges `{0-3}`, `{5}`, `{-2--1}` (negative from the end), or `re:` and a regular expression.",
+        "ranges `{0-3}`, `{5}`, `{-2--1}` (negative from the end), or `re:` and a regular expression. It takes the "
+        "linear layers; where it matches none, the convolutions.",
     )
     role: str | None = Field(
         None,
         min_length=1,
         description="Instead of `layers`: all layers that do this by the profile of the model class "
-        "(attention, feed-forward, modulation, embedder, output).",
+        "(attention, feed-forward, modulation, embedder, output), or every `convolution`.",
     )
     backend: BackendName = Field(description=_BACKEND)
     options: dict[str, Any] = Field({}, description=_OPTIONS)
@@ -159,6 +170,19 @@ class EvalRecipe(_Strict):
     )
 
 
+class LoraRecipe(_Strict):
+    """A LoRA that becomes part of the weights before they are quantized."""
+
+    path: str = Field(
+        min_length=1, max_length=MAX_TEXT, description="A safetensors file, relative to this recipe; any spelling that "
+        "diffusers reads into this pipeline.",
+    )  # fmt: skip
+    scale: float = Field(1.0, allow_inf_nan=False, description="How much of it: W + scale · alpha / rank · B A.")
+    into: str | None = Field(
+        None, min_length=1, max_length=MAX_TEXT, description="`transformer_2` puts it there instead of `transformer`."
+    )
+
+
 class PushRecipe(_Strict):
     """Where `--push` puts the result on the Hub."""
 
@@ -181,8 +205,8 @@ class Recipe(_Strict):
         min_length=1,
         max_length=MAX_TEXT,
         description="The folder of a diffusers pipeline (seen from where the command runs), `owner/name` on the "
-        "Hugging Face Hub (a local folder of that name wins; `owner/name@revision` pins it), or `builtin:tiny-flux`; "
-        "`--model` overrides it.",
+        "Hugging Face Hub (a local folder of that name wins; `owner/name@revision` pins it), a single file of "
+        "safetensors (see `config`), or `builtin:tiny-flux`; `--model` overrides it.",
     )
     revision: str | None = Field(
         None,
@@ -197,10 +221,25 @@ class Recipe(_Strict):
         description="The weights of that model on the Hub to read, such as `fp16` for `model.fp16.safetensors`; "
         "parts without them give their plain ones. The result has plain names.",
     )
+    config: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="If `model` is a single file: the folder or Hub id of a pipeline of its family, for all that the "
+        "file lacks; `--config` overrides it. Of two components of one class `DIR/transformer_2` names one.",
+    )
+    shard_size: Annotated[int | None, BeforeValidator(_known_size)] = Field(
+        None,
+        description="At most this in one weight file, such as `2GB`; `5GB` by default. A layer is never split. "
+        "`--shard-size` overrides it.",
+    )
     dequantize: Dequantize = Field(
         False,
         description="Read components that are already quantized: `true` decodes their weights to bfloat16, a dtype "
         "(`bfloat16`, `float16`, `float32`) is that of all their floats. The errors of both quantizations add up.",
+    )
+    fuse_loras: list[LoraRecipe] = Field(
+        [], max_length=16, description="LoRAs to fuse into the weights first; needs `pip install peft`."
     )
     components: dict[str, ComponentRecipe] = Field(
         min_length=1,
@@ -211,8 +250,8 @@ class Recipe(_Strict):
     push: PushRecipe | None = Field(None, description="Where `--push` publishes the result.")
 
 
-# recipe keys, eval.KEY, push.KEY, components.NAME.KEY, components.NAME.rules.0.KEY
-_LEVELS: Levels = {1: Recipe, 2: EvalRecipe, "push": PushRecipe, 3: ComponentRecipe, 5: Rule}
+# recipe keys, eval.KEY, push.KEY, fuse_loras.0.KEY, components.NAME.KEY, components.NAME.rules.0.KEY
+_LEVELS: Levels = {1: Recipe, 2: EvalRecipe, "push": PushRecipe, "fuse_loras": LoraRecipe, 3: ComponentRecipe, 5: Rule}
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ def recommend(
         SourceError: the model cannot be opened. RecipeError: there is nothing to quantize in it, or no room at all.
     """
     pipeline = open_pipeline(model, access="outline", allow_pickle=allow_pickle)
+    if pipeline.bare:
+        raise RecipeError(_no_pipeline(pipeline))
     denoisers = [pipeline.components[name] for name in DENOISERS if name in pipeline.components]
     if not denoisers:
         raise RecipeError(_no_denoiser(pipeline))
@@ -226,6 +228,14 @@ def _commands(model: str, best: Choice, room_bytes: float) -> Iterator[str]:
         file = best.name if best.recipe == best.name else f"{best.name}.yaml"
         yield f"\n  quantize --recipe {file} --model {shlex.quote(model)} --out {shlex.quote(out)}"
     yield f"  {HOW[best.offload(room_bytes)]}"
+
+
+def _no_pipeline(pipeline: Pipeline) -> Problem:
+    ((name, (_, class_name)),) = pipeline.index.items()
+    return Problem(
+        "one component does not say what the whole pipeline needs", pipeline.name, got=f"{name}, a {class_name}",
+        next_step="give the pipeline that it is used in",
+    )  # fmt: skip
 
 
 def _no_denoiser(pipeline: Pipeline) -> Problem:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bitroute import backends
 from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.checkpoint import STEMS, Component
 from bitroute.convert.layout import DTYPES
+from bitroute.convert.lora import LoraFile
 from bitroute.convert.reading import read_json
+from bitroute.convert.recipe import Dequantize
 from bitroute.convert.seal import check_seal
 from bitroute.errors import Problem, SourceError
 
@@ -54,7 +56,11 @@ class RecordedComponent:
     def parse(cls, folder: Path, name: str, content: Mapping[str, Any]) -> RecordedComponent:
         if content["library"] not in STEMS:
             raise ValueError(f"library {content['library']!r}")
-        component = Component(name, content["library"], str(content["class"]), folder / name)
+        bare = content.get("place") == "."
+        if bare and not (name.isidentifier() and str(content["class"]).isidentifier()):
+            raise ValueError(f"class {content['class']!r}")  # both stand in the code that loads it
+        place = folder if bare else folder / name
+        component = Component(name, content["library"], str(content["class"]), place, bare=bare)
         entries = [RecordedEntry.parse(entry) for entry in content["entries"]]
         return cls(component, content["container"], int(content["size_bytes"]), entries)
 
@@ -78,6 +84,14 @@ class Record:
     hashes: dict[str, str]  # file → SHA-256 in hexadecimal
     revision: str | None = None  # the commit of a source on the Hub
     variant: str | None = None
+    dequantize: Dequantize = False  # how a quantized source was read
+    config: str | None = None  # of a single file: the pipeline that it was read with
+    loras: tuple[LoraFile, ...] = ()  # fused into the weights
+
+    @property
+    def bare(self) -> Component | None:
+        """The one component of a model without a pipeline."""
+        return next((recorded.component for recorded in self.components if recorded.component.bare), None)
 
     @property
     def size_bytes(self) -> int:
@@ -101,7 +115,14 @@ def read_record(folder: Path) -> Record:
         hashes = {str(name): str(digest) for name, digest in content["sha256"].items()}
         source = {key: value for key, value in content["source"].items() if value is not None}
         revision, variant = source.get("revision"), source.get("variant")
-        return Record(str(source["model"]), components, copied, files, hashes, revision, variant)
+        dequantize = source.get("dequantize", False)
+        if dequantize not in get_args(Dequantize):
+            raise ValueError(f"dequantize {dequantize!r}")
+        config = source.get("config")
+        loras = tuple(LoraFile.recorded(lora) for lora in source.get("loras", ()))
+        return Record(
+            str(source["model"]), components, copied, files, hashes, revision, variant, dequantize, config, loras
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(
             Problem(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bitroute.convert.bare import CONFIG, BareIndex, goes_along
 from bitroute.convert.copies import BESIDE, WEIGHTS
 from bitroute.errors import Problem, SourceError
 
@@ -35,14 +36,17 @@ def select(files: Iterable[str], index: Mapping[str, Any], variant: str | None, 
     chosen = {name: name for name in names if name in ROOT_FILES or _is_beside(name)}
     variants: set[str | None] = set()
     problems = []
+    bare = isinstance(index, BareIndex)
+    if bare:
+        chosen |= {name: name for name in names if name == CONFIG or goes_along(name, index)}
     for part in [part for part, entry in index.items() if isinstance(entry, list) and any(entry)]:
-        inside = [name for name in names if name.startswith(f"{part}/")]
-        chosen |= {name: name for name in inside if not _is_weight(name)}
-        by_variant = _weights(part, inside)
+        inside = [name for name in names if bare or name.startswith(f"{part}/")]
+        chosen |= {name: name for name in inside if not (bare or _is_weight(name))}
+        by_variant = _weights("" if bare else f"{part}/", inside)
         variants |= by_variant.keys()
         best = by_variant.get(variant) or by_variant.get(None)
         if by_variant and best is None:
-            problems.append(_no_variant(f"{repo}/{part}", variant, by_variant))
+            problems.append(_no_variant(repo if bare else f"{repo}/{part}", variant, by_variant))
         chosen |= best or {}
     if variant and not problems and variant not in variants:
         problems.append(_no_variant(repo, variant, variants))
@@ -51,20 +55,23 @@ def select(files: Iterable[str], index: Mapping[str, Any], variant: str | None, 
     return chosen
 
 
-def _weights(part: str, inside: Iterable[str]) -> dict[str | None, Names]:
-    """The weights of a part by variant (None: plain), in safetensors, or pickled where there is nothing else."""
+def _weights(place: str, inside: Iterable[str]) -> dict[str | None, Names]:
+    """The weights of a part by variant (None: plain), in safetensors, or pickled where there is nothing else.
+
+    place: what their names begin with, such as `vae/`.
+    """
     found: dict[str, dict[str | None, Names]] = {"safetensors": {}, "bin": {}}
     sharded: set[tuple[str, str | None]] = set()
     for name in sorted(inside):
-        file = name.removeprefix(f"{part}/")
+        file = name.removeprefix(place)
         index, weights = _INDEX.fullmatch(file), _WEIGHTS.fullmatch(file)
         if index:
             key = index["suffix"], index["variant"] or index["legacy"]
             sharded.add(key)
-            found[key[0]].setdefault(key[1], {})[f"{part}/{index['stem']}.{key[0]}.index.json"] = name
+            found[key[0]].setdefault(key[1], {})[f"{place}{index['stem']}.{key[0]}.index.json"] = name
         elif weights:
             plain = file if re.search(_SHARD, file) else f"{weights['stem']}.{weights['suffix']}"
-            found[weights["suffix"]].setdefault(weights["variant"], {})[f"{part}/{plain}"] = name
+            found[weights["suffix"]].setdefault(weights["variant"], {})[f"{place}{plain}"] = name
     for suffix, variant in sharded:  # the loaders prefer an index to a single file beside it
         names = found[suffix][variant]
         found[suffix][variant] = {

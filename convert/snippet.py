@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from bitroute.convert.checkpoint import Component
 from bitroute.convert.plan import LOADING_BYTES
 from bitroute.convert.record import Record
 from bitroute.errors import Problem
@@ -22,6 +23,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({place}, dtype=torch.bfloat16)
+"""
+OF_A_COMPONENT = """\
+import torch
+from {library} import {class_name}
+
+{name} = {class_name}.from_pretrained({place}, dtype=torch.bfloat16)
 """
 
 
@@ -34,11 +41,18 @@ class Trial:
     problem: Problem | None = None
 
 
-def loading_code(place: str, needs_bitroute: bool, revision: str | None = None) -> str:
-    """place: a folder, or a repository on the Hub; revision: its branch, where it is not the default one."""
+def loading_code(
+    place: str, needs_bitroute: bool, revision: str | None = None, bare: Component | None = None
+) -> str:  # fmt: skip
+    """place: a folder, or a repository on the Hub; revision: its branch, where it is not the default one.
+
+    bare: the component that the checkpoint is, where it is no pipeline.
+    """
     said = [place, *([revision] if revision else [])]
     words = [json.dumps(word, ensure_ascii=False) for word in said]  # a JSON string is a Python string too
-    return (IMPORT if needs_bitroute else "") + CODE.format(place=", revision=".join(words))
+    names = {"library": bare.library, "class_name": bare.class_name, "name": bare.name} if bare else {}
+    lines = (OF_A_COMPONENT if bare else CODE).format(place=", revision=".join(words), **names)
+    return (IMPORT if needs_bitroute else "") + lines
 
 
 def needs_bitroute(record: Record) -> bool:
@@ -52,7 +66,7 @@ def try_loading(folder: Path, record: Record) -> Trial:
     if needed > available:
         return Trial(False, f"it needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} were free")
     lifted = any(c.container == "bitsandbytes" for c in record.components) and not torch.cuda.is_available()
-    code = loading_code(str(folder.resolve()), needs_bitroute(record))
+    code = loading_code(str(folder.resolve()), needs_bitroute(record), bare=record.bare)
     done = subprocess.run(
         [sys.executable, "-P", "-c", (_lifting() if lifted else "") + code],
         capture_output=True, text=True, errors="replace", check=False,
@@ -70,4 +84,4 @@ def _lifting() -> str:
 def _problem(folder: Path, done: subprocess.CompletedProcess[str]) -> Problem:
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     mend = "`quantize verify` says which component it is"
-    return Problem("the pipeline does not load in a fresh process", str(folder), got=last[-400:], next_step=mend)
+    return Problem("the checkpoint does not load in a fresh process", str(folder), got=last[-400:], next_step=mend)

@@ -23,7 +23,8 @@ __all__ = ["Levels", "near_words", "refused", "validate"]
 Levels = Mapping[int | str, type[BaseModel]]
 
 _PLACES = {
-    1: "at the top of the recipe", 2: "under `eval`", "push": "under `push`", 3: "in a component", 5: "in a rule",
+    1: "at the top of the recipe", 2: "under `eval`", "push": "under `push`", "fuse_loras": "under `fuse_loras`",
+    3: "in a component", 5: "in a rule",
 }  # fmt: skip
 _FIRST_KEYS = {"eval": "prompts", "push": "repo"}
 _EXPECTED = {
@@ -129,7 +130,7 @@ def _known_keys(loc: KeyPath, levels: Levels) -> list[str]:
 
 def _model(loc: KeyPath, levels: Levels) -> type[BaseModel]:
     """The schema of the mapping that holds `loc`."""
-    return levels[loc[0]] if len(loc) == 2 and loc[0] in levels else levels[len(loc)]
+    return levels[loc[0]] if len(loc) > 1 and loc[0] in levels else levels[len(loc)]
 
 
 def _suggestion(loc: KeyPath, levels: Levels) -> str:
@@ -204,6 +205,8 @@ def _mend(kind: str, loc: KeyPath, value: object) -> str:
         return ""
     if loc[-1] in _FIRST_KEYS:
         return f"write `{loc[-1]}: {{{_FIRST_KEYS[str(loc[-1])]}: {shown(value)}}}`"
+    if loc[0] == "fuse_loras":
+        return f"write `- {{path: {shown(value)}}}`"
     if len(loc) == 2:
         return f"write `{printable(str(loc[-1]))}: {{backend: {_backend_meant(value)}}}`"
     return f"write `{{layers: {shown(value)}, backend: NAME}}`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from bitroute.convert.checkpoint import Pipeline, open_pipeline
 from bitroute.convert.fidelity import LayerQuality, Progress, compare_weights
 from bitroute.convert.files import sha256
+from bitroute.convert.lora import with_loras
 from bitroute.convert.record import Record, RecordedComponent, read_record
 from bitroute.convert.reload import reload
 from bitroute.convert.workers import run_all
@@ -75,6 +77,7 @@ def verify(
             found.problems += error.problems
     if source:
         _check_copies(record.copied, source, found)
+        _check_loras(source, found)
     return found
 
 
@@ -83,13 +86,26 @@ def _open_source(record: Record, model: str | None, found: Verification, allow_p
     chosen = model or record.model
     revision, variant = (record.revision, record.variant) if chosen == record.model else (None, None)
     try:
-        return open_pipeline(chosen, revision, variant, access="cache", allow_pickle=allow_pickle)
+        opened = open_pipeline(
+            chosen, revision, variant, access="cache", allow_pickle=allow_pickle, dequantize=record.dequantize,
+            config=record.config if os.path.isfile(chosen) else None,
+        )
+        return with_loras(opened, record.loras)
     except SourceError:
         if model is not None:
             raise
         name = f"{chosen}@{revision}" if revision else chosen
         found.notes.append(f"source {name} is not here: weights were decoded but not compared (give --model)")
         return None
+
+
+def _check_loras(source: Pipeline, found: Verification) -> None:
+    """Each LoRA left its mark: a small one can vanish when a weight is rounded to 16 bits."""
+    for lora in source.loras:
+        layers = sum(len(parts) for parts in lora.layers.values())
+        found.notes.append(f"{lora.source.words}: {len(lora.changed)} of {layers} weights came out changed")
+        if not lora.changed:
+            found.problems.append(Problem(f"{lora.source.words} changed no weight", str(lora.source.file)))
 
 
 def _check_hashes(record: Record, found: Verification) -> None:

@@ -111,13 +111,20 @@ def compare_folders(reports: tuple[Path, ...], out: Path, as_json: bool) -> None
 
 def sampling_of(planned: Plan, device: str) -> Sampling:
     """What the recipe's `eval` draws; refused before the job if it cannot be."""
+    from bitroute.convert.bare import check_draws
     from bitroute.errors import RecipeError
     from bitroute.eval.calling import check_call
 
+    check_draws(planned.pipeline)
     recipe = planned.recipe.recipe
     if recipe is None or recipe.eval is None:
         mend = "add `eval: {prompts: general-16}` to the recipe, or run `quantize eval` afterwards"
         raise RecipeError(Problem("the recipe does not say how to evaluate", planned.recipe.name, next_step=mend))
+    if planned.pipeline.config is not None:
+        mend = "quantize convert FILE --config DIR --out FOLDER, then quantize the folder"
+        raise RecipeError(
+            Problem("an evaluation draws with the original, as a folder", planned.pipeline.name, next_step=mend)
+        )
     sampling = _sampling(recipe.eval, device)
     check_call(planned.pipeline.folder, sampling)
     return sampling

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bitroute.convert.bare import check_draws
 from bitroute.convert.checkpoint import folder_name, open_pipeline
 from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem, RecipeError
@@ -89,7 +90,9 @@ def default_cache() -> Path:
 
 def _folder(model: str) -> Path:
     """Absolute, so that it has a name; links keep theirs."""
-    return Path(os.path.abspath(open_pipeline(model).folder))
+    pipeline = open_pipeline(model)
+    check_draws(pipeline)
+    return Path(os.path.abspath(pipeline.folder))
 
 
 def distinct_names(folders: Iterable[Path]) -> dict[str, Path]:

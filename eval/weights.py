@@ -33,7 +33,8 @@ def weigh(candidate: Path, original: Path) -> dict[str, Any]:
     if not (candidate / "bitroute.json").is_file():
         return {}
     try:
-        record, source = read_record(candidate), open_pipeline(str(original))
+        record = read_record(candidate)
+        source = open_pipeline(str(original), dequantize=record.dequantize)
         found = {component.name: _layers(component, source) for component in record.components}
     except (BitrouteError, OSError) as error:
         raise JobError(_reason(error, candidate)) from error

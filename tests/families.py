@@ -13,9 +13,26 @@ import transformers
 import yaml
 from torch import nn
 
-from bitroute.convert.profile import EVERY_KIND, Profile, find_profile
+from bitroute.convert.profile import EVERY_KIND, ProbeInput, Profile, find_profile
 
 Facts = dict[str, Any]
+Models = dict[str, dict[str, Facts]]  # class → published model → its config, its size and who says so
+DATA = Path(__file__).parent / "convert"
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of facts about families."""
+    content: dict[str, Any] = yaml.safe_load((DATA / name).read_text(encoding="utf-8"))
+    return content
+
+
+def published() -> Models:
+    """The models of all families."""
+    merged: Models = {}
+    for file in sorted(set(DATA.glob("families_*.yaml")) - set(DATA.glob("*_cases.yaml"))):
+        for class_name, models in read(file.name).items():
+            merged.setdefault(class_name, {}).update(models)
+    return merged
 
 
 def make(class_name: str, config: Facts) -> Any:
@@ -41,6 +58,12 @@ def linear(model: nn.Module) -> dict[str, int]:
     return {name: part.weight.numel() for name, part in found.items()}
 
 
+def share(model: nn.Module, names: Iterable[str]) -> float:
+    """Of all parameters, those in the weights of these linear layers."""
+    sizes = linear(model)
+    return sum(sizes[name] for name in set(names) & set(sizes)) / sum(part.numel() for part in model.parameters())
+
+
 def profile_of(class_name: str) -> Profile:
     found = find_profile(class_name)
     assert found and found.class_name == class_name
@@ -50,6 +73,27 @@ def profile_of(class_name: str) -> Profile:
 def kept_always(profile: Profile, names: Iterable[str]) -> set[str]:
     """The layers that stay as they are in every kind of quantization."""
     return {name for name, kinds in profile.kept(names).items() if kinds == EVERY_KIND}
+
+
+def tensor(wanted: ProbeInput) -> Any:
+    """One input of a probe, in float32."""
+    if wanted.value is not None:
+        return wanted.value
+    if wanted.dtype == "long" and wanted.fill == "random":
+        return torch.randint(0, wanted.below or 1, wanted.shape)
+    make_filled = {"random": torch.randn, "zeros": torch.zeros, "ones": torch.ones}[wanted.fill]
+    made = make_filled(wanted.shape, dtype=torch.long if wanted.dtype == "long" else torch.float32)
+    return [made] if wanted.listed else made
+
+
+def nested(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What is called `a.b` becomes entry b of the dict a."""
+    plain = {name: value for name, value in inputs.items() if "." not in name}
+    for name, value in inputs.items():
+        outer, dot, inner = name.partition(".")
+        if dot:
+            plain.setdefault(outer, {})[inner] = value
+    return plain
 
 
 def write_index(folder: Path, classes: dict[str, str]) -> None:

@@ -286,9 +286,9 @@ def test_a_pipeline_index_that_is_no_mapping_is_refused_by_name(source: Path, co
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(source: Path) -> None:
-    words = refusal(source / "transformer")
+    words = refusal(source / "tokenizer")
     assert "not a diffusers pipeline folder" in words
-    assert "not one of its components" in words
+    assert "got:      no model_index.json" in words
 
 
 def test_a_file_and_a_missing_folder_are_refused(source: Path) -> None:

@@ -148,7 +148,7 @@ def test_the_plan_of_flux_dev_has_its_exact_sizes_in_seconds(flux: Path) -> None
     assert seconds < 10
 
 
-@pytest.mark.parametrize("recipe", [name for name in builtin_recipes() if name.startswith("flux-")])
+@pytest.mark.parametrize("recipe", [name for name in builtin_recipes() if family_of(name) == "flux"])
 def test_every_recipe_for_flux_fits_it(recipe: str, flux: Path) -> None:
     from bitroute import plan
     from bitroute.convert.describe import describe

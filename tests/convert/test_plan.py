@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from bitroute import plan, quantize
@@ -180,12 +181,15 @@ def test_a_component_that_the_pipeline_lacks_is_refused_with_the_nearest_name(wr
     assert "did you mean 'transformer'?" in words
 
 
-def test_a_class_without_a_profile_needs_an_explicit_keep(write_recipe: Write) -> None:
-    text = "model: builtin:tiny-flux\ncomponents:\n  vae: {backend: float8}\n"
-    assert "no profile is known for AutoencoderKL" in refusal(write_recipe(text))
+def test_a_class_without_a_profile_needs_an_explicit_keep(write_recipe: Write, source: Path) -> None:
+    AutoencoderTiny().save_pretrained(source / "vae")
+    index = source / "model_index.json"
+    index.write_text(index.read_text(encoding="utf-8").replace("AutoencoderKL", "AutoencoderTiny"), encoding="utf-8")
+    text = f"model: {source}\ncomponents:\n  vae: {{backend: float8}}\n"
+    assert "no profile is known for AutoencoderTiny" in refusal(write_recipe(text))
     words = refusal(write_recipe(text.replace("float8", "float8, keep: none")))
     assert "the recipe quantizes no layer of 'vae'" in words
-    assert "convolutions and embeddings are not quantized" in words
+    assert "convolutions are quantized by a rule only (role: convolution), embeddings are not" in words
 
 
 @pytest.mark.parametrize(

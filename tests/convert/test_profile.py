@@ -13,12 +13,12 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from bitroute.convert.profile import ProbeInput, Profile, find_profile, profiles
-from bitroute.convert.recipe import builtin_recipes, read_recipe
+from bitroute.convert.recipe import builtin_recipes, family_of, read_recipe
 from bitroute.convert.routing import route
 from bitroute.errors import RecipeError
 
 OF_FLUX = ["CLIPTextModel", "FluxTransformer2DModel", "T5EncoderModel"]
-RECIPES = [name for name in builtin_recipes() if name.startswith(("flux-", "tiny-flux-"))]
+RECIPES = [name for name in builtin_recipes() if family_of(name) in ("flux", "tiny-flux")]
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
 SMALL_FLUX = {
     "in_channels": 8,

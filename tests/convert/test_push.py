@@ -106,7 +106,7 @@ def test_a_push_goes_on_after_faults_and_what_arrives_draws_what_the_folder_draw
     assert url == f"{me.url}/{REPO}"
     assert len(uploads(me)) == sent > 4
     assert me.leaks == []
-    assert any("loading the pipeline in a fresh process" in words for words in said)
+    assert any("loading the checkpoint in a fresh process" in words for words in said)
     assert len(me.repositories[REPO].commits) == 2  # the empty one, and all files at once
     assert not me.repositories[REPO].private
     listed = json.loads((folder / "bitroute.json").read_text())["files"]

@@ -1,0 +1,72 @@
+"""Another layout of the same weights, by an ordinary job in which every layer is kept: dtype, files, folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from bitroute.convert.checkpoint import open_pipeline
+from bitroute.convert.decoded import DTYPES, as_floats
+from bitroute.convert.document import parse
+from bitroute.convert.job import Progress, run
+from bitroute.convert.layout import StoredTensor
+from bitroute.convert.plan import Plan, fetch, plan_pipeline
+from bitroute.convert.recipe import Dequantize, Recipe, RecipeFile
+from bitroute.errors import Problem, RecipeError
+
+Format = Literal["folder", "single-file"]
+RECIPE = "convert"  # what errors and the record call the recipe that is made here
+ONE_FILE_BYTES = 10**14
+
+
+def convert(
+    source: str | Path, out: str | Path, *,
+    dtype: Literal["source", "bfloat16", "float16", "float32"] = "source", format: Format = "folder",
+    shard_bytes: int | None = None, config: str | None = None, overwrite: bool = False, resume: bool = False,
+    progress: Progress | None = None,
+) -> Path:  # fmt: skip
+    """Writes a pipeline with its weights in another dtype or in other files; returns its folder.
+
+    source: a pipeline folder, a Hub id, or a single file with the pipeline that it belongs to as `config`.
+    format: single-file puts each component in one file, which `from_single_file(FILE, config=OUT)` loads too.
+    shard_bytes: at most in one file otherwise, 5 GB by default.
+
+    Raises:
+        RecipeError, SourceError: refused before anything was written.
+        JobError: the job could not finish; what it left carries no name that a loader looks for.
+    """
+    read_as = False if dtype == "source" else dtype
+    planned = fetch(plan_conversion(str(source), read_as, format, shard_bytes, config))
+    folder = Path(out).expanduser()
+    run(planned, folder, overwrite=overwrite, resume=resume, progress=progress)
+    return folder
+
+
+def plan_conversion(
+    source: str, dtype: Dequantize, format: Format, shard_bytes: int | None = None, config: str | None = None
+) -> Plan:
+    """The plan that keeps every layer of every component; raises as `convert` does."""
+    if format == "single-file" and shard_bytes:
+        raise RecipeError(Problem("a single file is not split", got="a shard size", next_step="leave one of them out"))
+    opened = open_pipeline(source, access="outline", dequantize=dtype, config=config)
+    names = list(opened.components)
+    views = {name: (partial(_cast, dtype),) for name in names} if dtype else {}
+    limit = ONE_FILE_BYTES if format == "single-file" else shard_bytes
+    return plan_pipeline(_recipe(names, dtype, limit), replace(opened, views=views))
+
+
+def _cast(dtype: Dequantize, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """What is not quantized too."""
+    return as_floats(stored, DTYPES[dtype])
+
+
+def _recipe(names: list[str], dtype: Dequantize, shard_bytes: int | None) -> RecipeFile:
+    said: dict[str, Any] = {"dequantize": dtype, "shard_size": shard_bytes}
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in said.items() if value]
+    kept = [f"  {json.dumps(name)}: {{backend: keep, keep: none}}\n" for name in names]
+    text = f"{''.join(lines)}components:\n{''.join(kept)}"
+    document = parse(text, RECIPE)
+    return RecipeFile(RECIPE, text, Recipe.model_validate(document.plain), [], document)

@@ -1,0 +1,70 @@
+"""`quantize convert`: the same weights in another dtype or in other files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitroute.convert.commands import CONTEXT, JSON
+from bitroute.convert.sources import DTYPES, conclude, run_with_bar
+
+if TYPE_CHECKING:
+    from bitroute.convert.conversion import Format
+
+
+class ShardSize(click.ParamType[int]):
+    """`2GB` to bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from bitroute.convert.shards import SIZES, parse_size
+
+        found = parse_size(str(value))
+        return self.fail(f"{value!r} is not {SIZES}", param, ctx) if found is None else found
+
+
+SHARD_SIZE = click.option("--shard-size", type=ShardSize(), help="At most this in one weight file  [default: 5GB]")
+
+
+@click.command("convert", context_settings=CONTEXT)
+@click.argument("source")
+@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option(
+    "--dtype", type=click.Choice(["source", "bf16", "fp16", "fp32"]), default="source", show_default=True,
+    help="Of all floats; weights that are quantized are decoded.",
+)  # fmt: skip
+@click.option(
+    "--format", type=click.Choice(["folder", "single-file"]), default="folder", show_default=True,
+    help="single-file: each component in one file, which from_single_file loads too.",
+)  # fmt: skip
+@SHARD_SIZE
+@click.option("--config", help="The pipeline that a single file belongs to: for all that it lacks.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--resume", is_flag=True, help="Finish an interrupted job; start it where there is nothing yet.")
+@click.option("--no-verify", is_flag=True, help="Do not verify the result.")
+@JSON
+@click.pass_context
+def convert_model(
+    ctx: click.Context, source: str, out: Path, dtype: str, format: Format, shard_size: int | None, config: str | None,
+    overwrite: bool, resume: bool, no_verify: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write the pipeline SOURCE in another layout; nothing is quantized.
+
+    SOURCE is a folder, a Hub id, or one file of safetensors in its authors' names (flux1-dev.safetensors), with
+    --config and the pipeline that it belongs to. The result is a diffusers folder.
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with what is there, --overwrite begins anew: give one of them")
+    from bitroute.convert.conversion import plan_conversion
+    from bitroute.convert.plan import fetch
+
+    read_as = False if dtype == "source" else DTYPES[dtype]
+    planned = fetch(plan_conversion(source, read_as, format, shard_size, config))
+    folder = out.expanduser()
+    ctx.meta["out"] = folder
+    run_with_bar("converting", planned, folder, overwrite, resume)
+    ctx.meta["written"] = True
+    ctx.exit(conclude(planned, folder, no_verify, as_json))

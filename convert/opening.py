@@ -1,0 +1,53 @@
+"""The model of a recipe, opened as the recipe and the command say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bitroute.convert.checkpoint import Pipeline, open_pipeline
+from bitroute.convert.document import sorted_problems
+from bitroute.convert.recipe import Dequantize, Recipe, RecipeFile
+from bitroute.errors import Problem, RecipeError, SourceError
+
+
+def open_model(
+    file: RecipeFile, recipe: Recipe, model: str | None, allow_pickle: bool, dequantize: Dequantize, config: str | None
+) -> Pipeline:
+    """The pipeline that `model`, or else the recipe, names, with the recipe's LoRAs; an outline where it is on the Hub.
+
+    Raises:
+        RecipeError: there is none; the recipe's own problems are reported with that.
+    """
+    chosen = recipe.model if model is None else model
+    if chosen is None:
+        missing = Problem("no model", file.name, next_step="give --model DIR, or `model:` in the recipe")
+        raise RecipeError([*file.problems, missing])
+    own = chosen == recipe.model  # another model has other revisions
+    try:
+        revision, variant = (recipe.revision, recipe.variant) if own else (None, None)
+        read_as = dequantize or recipe.dequantize
+        beside = config or (recipe.config if own or os.path.isfile(chosen) else None)
+        pipeline = open_pipeline(
+            chosen, revision, variant, access="outline", allow_pickle=allow_pickle, dequantize=read_as, config=beside
+        )
+        return _fused(pipeline, recipe, file)
+    except SourceError as error:
+        raise RecipeError(sorted_problems([*file.problems, *error.problems])) from error
+
+
+def _fused(pipeline: Pipeline, recipe: Recipe, file: RecipeFile) -> Pipeline:
+    """The pipeline with the LoRAs of its recipe."""
+    if not recipe.fuse_loras:
+        return pipeline
+    from bitroute.convert.lora import LoraFile, with_loras
+
+    return with_loras(pipeline, [
+        LoraFile(_beside(file, index) / Path(lora.path).expanduser(), lora.path, lora.scale, lora.component)
+        for index, lora in enumerate(recipe.fuse_loras)
+    ])  # fmt: skip
+
+
+def _beside(file: RecipeFile, index: int) -> Path:
+    """The folder of the recipe that names this LoRA."""
+    return Path(file.document.nearest(("fuse_loras", index)).file).parent

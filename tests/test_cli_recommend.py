@@ -1,0 +1,66 @@
+"""`quantize recommend` and the listing of recipes, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from diffusers import PriorTransformer
+
+from bitroute.convert.recipe import builtin_recipes, family_of
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_recommend_ends_with_what_to_type(command: Command) -> None:
+    done = command("recommend", "builtin:tiny-flux", "--vram", "12GB")
+    assert done.returncode == 0
+    assert "(as it is): the smallest error of those whose weights all fit" in done.stdout
+    assert done.stdout.rstrip().endswith("pipeline.to('cuda')")
+    small = command("recommend", "builtin:tiny-flux", "--vram", "0.5", "--reserve", "0.493", "--json")
+    advice = json.loads(small.stdout)
+    offload = {choice["recipe"]: choice["offload"] for choice in advice["choices"]}
+    assert advice["best"] == "flux-int8" and (offload["(as it is)"], offload["flux-int8"]) == ("blocks", "model")
+
+
+def test_a_class_without_recipes_gets_one_to_save(command: Command, tmp_path: Path) -> None:
+    model = PriorTransformer(num_attention_heads=2, attention_head_dim=32, num_layers=2, embedding_dim=32)
+    model.save_pretrained(tmp_path / "model" / "prior")
+    index = {"_class_name": "DiffusionPipeline", "prior": ["diffusers", "PriorTransformer"]}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    done = command("recommend", tmp_path / "model", "--vram", "0.1", "--reserve", "0.09995")
+    assert done.returncode == 0 and "no built-in recipe is made for it; save this as" in done.stdout
+    assert "components:\n  prior: {backend: " in done.stdout
+
+
+def test_a_pipeline_without_a_denoiser_is_refused(command: Command, source: Path) -> None:
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps({**index, "transformer": [None, None]}))
+    done = command("recommend", source, "--vram", "12")
+    assert done.returncode == 2 and "nothing here denoises" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--vram", "much"], "'much' is not a size such as 12GB"),
+        (["--vram", "1GB"], "no room for weights on such a card"),
+        (["--vram", "8", "--reserve", "8GB"], "no room for weights on such a card"),
+        ([], "Missing option '--vram'"),
+    ],
+)
+def test_a_card_that_cannot_be_meant_is_refused(words: list[str], said: str, command: Command) -> None:
+    done = command("recommend", "builtin:tiny-flux", *words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_listing_groups_the_recipes_by_family(command: Command) -> None:
+    lines = command("recipes", "list").stdout.splitlines()
+    headings = [line.partition(":")[0] for line in lines if line and not line.startswith(" ")]
+    assert headings == sorted({family_of(name) for name in builtin_recipes()})
+    below = lines[lines.index("flux: black-forest-labs/FLUX.1-dev") + 1 :]
+    assert below[0].split()[0] == "flux-fp8"
+    assert set(json.loads(command("recipes", "list", "--json").stdout)) == set(builtin_recipes())
