@@ -1,4 +1,4 @@
-"""The model of a recipe, opened as the recipe and the command say."""
+"""The model of a recipe, opened as the recipe and the command say; that of a checkpoint, as its record says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from bitroute.convert.checkpoint import Pipeline, open_pipeline
 from bitroute.convert.document import sorted_problems
 from bitroute.convert.recipe import Dequantize, Recipe, RecipeFile
+from bitroute.convert.record import Record
 from bitroute.errors import Problem, RecipeError, SourceError
 
 
@@ -36,6 +37,25 @@ def open_model(
         raise RecipeError(sorted_problems([*file.problems, *error.problems])) from error
 
 
+def open_recorded(record: Record, model: str | None = None, *, allow_pickle: bool = False) -> Pipeline:
+    """The source of a checkpoint, or `model` in its place, read as the job read it; never from the network.
+
+    Raises:
+        SourceError: it is not here, nor in the cache of the Hub.
+    """
+    chosen = model or record.model
+    revision, variant = (record.revision, record.variant) if chosen == record.model else (None, None)
+    opened = open_pipeline(
+        chosen, revision, variant, access="cache", allow_pickle=allow_pickle, dequantize=record.dequantize,
+        config=record.config if os.path.isfile(chosen) else None,
+    )  # fmt: skip
+    if not record.loras:
+        return opened
+    from bitroute.convert.lora import with_loras
+
+    return with_loras(opened, record.loras)
+
+
 def _fused(pipeline: Pipeline, recipe: Recipe, file: RecipeFile) -> Pipeline:
     """The pipeline with the LoRAs of its recipe."""
     if not recipe.fuse_loras:
@@ -43,7 +63,7 @@ def _fused(pipeline: Pipeline, recipe: Recipe, file: RecipeFile) -> Pipeline:
     from bitroute.convert.lora import LoraFile, with_loras
 
     return with_loras(pipeline, [
-        LoraFile(_beside(file, index) / Path(lora.path).expanduser(), lora.path, lora.scale, lora.component)
+        LoraFile(_beside(file, index) / Path(lora.path).expanduser(), lora.path, lora.scale, lora.into)
         for index, lora in enumerate(recipe.fuse_loras)
     ])  # fmt: skip
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from bitroute.convert.entry import Entry
+if TYPE_CHECKING:
+    from bitroute.convert.entry import Entry
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SMALLEST_BYTES = 10**6  # less would make a file of every layer

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import filecmp
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from bitroute.convert.checkpoint import Pipeline, open_pipeline
+from bitroute.convert.checkpoint import Pipeline
 from bitroute.convert.fidelity import LayerQuality, Progress, compare_weights
 from bitroute.convert.files import sha256
-from bitroute.convert.lora import with_loras
+from bitroute.convert.opening import open_recorded
 from bitroute.convert.record import Record, RecordedComponent, read_record
 from bitroute.convert.reload import reload
 from bitroute.convert.workers import run_all
@@ -83,18 +82,12 @@ def verify(
 
 def _open_source(record: Record, model: str | None, found: Verification, allow_pickle: bool) -> Pipeline | None:
     """Never from the network: a model on the Hub is looked for in the cache, at the commit that was converted."""
-    chosen = model or record.model
-    revision, variant = (record.revision, record.variant) if chosen == record.model else (None, None)
     try:
-        opened = open_pipeline(
-            chosen, revision, variant, access="cache", allow_pickle=allow_pickle, dequantize=record.dequantize,
-            config=record.config if os.path.isfile(chosen) else None,
-        )
-        return with_loras(opened, record.loras)
+        return open_recorded(record, model, allow_pickle=allow_pickle)
     except SourceError:
         if model is not None:
             raise
-        name = f"{chosen}@{revision}" if revision else chosen
+        name = f"{record.model}@{record.revision}" if record.revision else record.model
         found.notes.append(f"source {name} is not here: weights were decoded but not compared (give --model)")
         return None
 

@@ -1,4 +1,4 @@
-"""Writes the pages that say what the program says itself (cli, recipes, models); `--check` fails where they are stale."""
+"""Writes the pages that the program can write itself (cli, recipes, models); `--check` fails where they are stale."""
 
 from __future__ import annotations
 

@@ -120,11 +120,14 @@ def sampling_of(planned: Plan, device: str) -> Sampling:
     if recipe is None or recipe.eval is None:
         mend = "add `eval: {prompts: general-16}` to the recipe, or run `quantize eval` afterwards"
         raise RecipeError(Problem("the recipe does not say how to evaluate", planned.recipe.name, next_step=mend))
-    if planned.pipeline.config is not None:
-        mend = "quantize convert FILE --config DIR --out FOLDER, then quantize the folder"
+    if planned.pipeline.config is not None or planned.pipeline.loras:
+        first = "quantize convert FILE --config DIR --out FOLDER"
+        if planned.pipeline.loras:
+            first = "write the fused model by a recipe with `fuse_loras` and `backend: keep`"
         raise RecipeError(
-            Problem("an evaluation draws with the original, as a folder", planned.pipeline.name, next_step=mend)
-        )
+            Problem("an evaluation draws with the original, as a folder", planned.pipeline.name,
+                    next_step=f"{first}, then quantize that folder")
+        )  # fmt: skip
     sampling = _sampling(recipe.eval, device)
     check_call(planned.pipeline.folder, sampling)
     return sampling

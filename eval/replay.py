@@ -26,6 +26,7 @@ from bitroute.convert.architecture import build
 from bitroute.convert.checkpoint import Component, open_pipeline
 from bitroute.convert.layout import StoredTensor
 from bitroute.convert.loading import lift_gpu_check
+from bitroute.convert.opening import open_recorded
 from bitroute.convert.reading import read_json, read_tensor
 from bitroute.convert.record import RecordedComponent, RecordedEntry, read_record
 from bitroute.errors import JobError, Problem, SourceError
@@ -295,7 +296,7 @@ def _layer_errors(candidate: Path, original: Path, name: str, tapes: Sequence[Re
     recorded = _recorded_component(candidate, name)
     if recorded is None:
         return
-    source = open_pipeline(str(original), dequantize=read_record(candidate).dequantize)
+    source = open_recorded(read_record(candidate), str(original))
     sources = build(source.components[name]).sources
     several = len({call["denoiser"] for tape in tapes for call in tape.calls}) > 1
     for entry in recorded.entries:

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitroute.convert.checkpoint import Pipeline, open_pipeline
+from bitroute.convert.checkpoint import Pipeline
 from bitroute.convert.fidelity import LayerQuality, compare_weights, decibels
+from bitroute.convert.opening import open_recorded
 from bitroute.convert.record import RecordedComponent, RecordedEntry, read_record
 from bitroute.errors import BitrouteError, JobError, Problem, SourceError
 from bitroute.eval.scores import plain
@@ -34,7 +35,7 @@ def weigh(candidate: Path, original: Path) -> dict[str, Any]:
         return {}
     try:
         record = read_record(candidate)
-        source = open_pipeline(str(original), dequantize=record.dequantize)
+        source = open_recorded(record, str(original))
         found = {component.name: _layers(component, source) for component in record.components}
     except (BitrouteError, OSError) as error:
         raise JobError(_reason(error, candidate)) from error

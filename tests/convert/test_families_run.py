@@ -43,23 +43,25 @@ def drawn(quantized: Folders) -> dict[str, Any]:
     """Recipe → spread of the pixels, or what the pipeline said; bitroute is imported where the description says so."""
     calls: list[dict[str, Any]] = [{}, {}]
     for name, folder in quantized.items():
-        calls["loads with bitroute" in read_recipe(name).description][str(folder)] = FAMILIES[family_of(name)]
+        calls["loads with bitroute" in read_recipe(name).recipe.description][str(folder)] = FAMILIES[family_of(name)]
     answers = draw_all(*calls)
     return {name: answers[str(folder)] for name, folder in quantized.items()}
 
 
-def test_the_small_pipelines_have_the_components_and_the_classes_of_the_published_ones() -> None:
-    small = {family: facts["components"] for family, facts in FAMILIES.items()}
-    for family, published in read("pipelines.yaml").items():
-        for component, (class_name, _) in published.items():
-            assert small[family][component][0] == class_name, (family, component)
+def test_what_the_recipes_quantize_has_the_classes_of_the_published_pipelines() -> None:
+    published = read("pipelines.yaml")
+    assert set(FAMILIES) == set(published)
+    for name in RECIPES:
+        components = FAMILIES[family_of(name)]["components"]
+        for component in read_recipe(name).recipe.components:
+            assert components[component][0] == published[family_of(name)][component][0], (name, component)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_recipe_makes_of_a_small_pipeline_holds_its_weights(name: str, quantized: Folders) -> None:
     found = verify(quantized[name], load=False)
     assert found.problems == [] and found.compared
-    assert {layer.component for layer in found.layers} == set(read_recipe(name).components)
+    assert {layer.component for layer in found.layers} == set(read_recipe(name).recipe.components)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -86,7 +88,7 @@ def test_the_command_makes_the_same_checkpoint(sources: Folders, quantized: Fold
 
 @pytest.mark.parametrize("name", ["hidream-fp8", "hidream-nf4", "hidream-mixed"])
 def test_a_text_encoder_that_no_recipe_names_is_copied(name: str, sources: Folders, quantized: Folders) -> None:
-    assert "text_encoder_4" not in read_recipe(name).components
+    assert "text_encoder_4" not in read_recipe(name).recipe.components
     assert (quantized[name] / "text_encoder_4" / "model.safetensors").is_file()
     assert same_files(sources["hidream"] / "text_encoder_4", quantized[name] / "text_encoder_4")
 

