@@ -120,7 +120,7 @@ def _print_problems(error: BitrouteError) -> None:
 @click.group(cls=_Command, invoke_without_command=True, context_settings=CONTEXT)
 @click.option("--recipe", "-r", help="A recipe file, or the name of a built-in one.")
 @click.option(
-    "--model", "-m", help="A pipeline folder, a Hub id or builtin:tiny-flux, instead of the recipe's `model`."
+    "--model", "-m", help="A pipeline's or one component's folder, a Hub id, builtin:tiny-flux; not the recipe's `model`."
 )
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder  [default: the recipe's name]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights.")

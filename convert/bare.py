@@ -46,7 +46,7 @@ def name_of(library: str, class_name: str) -> str:
 def goes_along(file: str, index: Mapping[str, Any]) -> bool:
     """Whether a file beside the config of a bare model belongs to it; pictures and other weights do not."""
     of_transformers = any(entry[0] == "transformers" for entry in index.values())
-    return of_transformers and any(fnmatchcase(file, pattern) for pattern in OF_A_TEXT_ENCODER)
+    return of_transformers and "/" not in file and any(fnmatchcase(file, pattern) for pattern in OF_A_TEXT_ENCODER)
 
 
 def no_component(name: str, pipeline: Pipeline, where: Callable[[tuple[str | int, ...]], str]) -> Problem:

@@ -255,7 +255,8 @@ def profile_text(pipeline: Pipeline, name: str | None = None) -> tuple[str, str]
 
 def _component(pipeline: Pipeline, name: str | None) -> Component:
     known = pipeline.components
-    chosen = name or next((usual for usual in DENOISERS if usual in known), None)
+    usual = known if pipeline.bare else DENOISERS
+    chosen = name or next((part for part in usual if part in known), None)
     if chosen is None or chosen not in known:
         what = f"the pipeline has no component {shown(chosen)}" if chosen else "no component is named"
         near = did_you_mean(name, known) if name else ""

@@ -116,7 +116,8 @@ def _finite(number: float) -> float | None:
 def result_text(plan: Plan, out: Path) -> str:
     """What was written, and the lines that load it."""
     needs_import = any(component.container.name == "bitroute" for component in plan.components)
-    snippet = loading_code(str(out), needs_import).splitlines()
+    bare = plan.components[0].component if plan.pipeline.bare else None
+    snippet = loading_code(str(out), needs_import, bare=bare).splitlines()
     wrote = f"wrote {out}: {size(plan.source_bytes)} → {size(plan.size_bytes)}"
     needs = f"pip install {' '.join(plan.packages)}"
     return "\n".join([wrote, f"to load it: {needs}", *plan.devices, *(f"    {line}" for line in snippet)])

@@ -19,7 +19,7 @@ SMALL = {"height": 32, "width": 32, "num_inference_steps": 1}
 
 
 def draw_all(plain: dict[str, Facts], with_bitroute: dict[str, Facts]) -> dict[str, Any]:
-    """Folder → facts of its pipeline in; folder → spread of its pixels, or what the libraries said, out."""
+    """Folder → facts of its pipeline in; folder → shape and spread of its pixels, or what the libraries said, out."""
     words = [sys.executable, "-W", "ignore", __file__]
     asked = json.dumps([plain, with_bitroute])
     done = subprocess.run(words, input=asked, capture_output=True, text=True, timeout=600, check=False)
@@ -28,7 +28,7 @@ def draw_all(plain: dict[str, Facts], with_bitroute: dict[str, Facts]) -> dict[s
     return answer
 
 
-def _draw(folder: str, facts: Facts) -> float | str:
+def _draw(folder: str, facts: Facts) -> dict[str, Any] | str:
     try:
         without = {name: None for name, wanted in facts["components"].items() if wanted is None}
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, **without)
@@ -40,7 +40,7 @@ def _draw(folder: str, facts: Facts) -> float | str:
         drawn = pipe(**asked, output_type="pt", generator=generator)[0][0]
     except Exception as error:  # whatever the libraries raise is the answer
         return f"{type(error).__name__}: {error}"
-    return float(drawn.float().std())
+    return {"shape": list(drawn.shape), "spread": float(drawn.float().std())}
 
 
 def main() -> None:

@@ -160,6 +160,7 @@ def test_a_controlnet_becomes_a_folder_of_its_own_that_verifies(
     out, said = fp8
     assert said.exit_code == 0, said.output
     assert "loaded without bitroute; forward ok" in said.output
+    assert f'controlnet = FluxControlNetModel.from_pretrained("{out}", dtype=torch.bfloat16)' in said.output
     assert names(out) == {"config.json", WEIGHTS, "LICENSE.md", "bitroute.json"}
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "torchao"
     assert (out / WEIGHTS).stat().st_size < 0.6 * (flux_controlnet / WEIGHTS).stat().st_size
@@ -214,6 +215,12 @@ def test_a_recipe_that_calls_it_otherwise_is_told_its_name(flux_controlnet: Path
     assert said.exit_code == 2
     assert "the model is one component without a pipeline, and it is not called 'transformer'" in said.stderr
     assert "expected: controlnet, a FluxControlNetModel" in said.stderr
+
+
+def test_its_profile_is_shown_without_its_name(flux_controlnet: Path) -> None:
+    said = command("profile", flux_controlnet)
+    assert said.exit_code == 0, said.output
+    assert "class: FluxControlNetModel" in said.output
 
 
 def test_inspect_says_its_name(flux_controlnet: Path, fp8: tuple[Path, Result], tmp_path: Path) -> None:
