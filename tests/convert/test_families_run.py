@@ -16,12 +16,18 @@ from pipelines import write_pipeline
 
 from bitroute import quantize, verify
 from bitroute.cli import main as command
-from bitroute.convert.recipe import family_of, read_recipe
+from bitroute.convert.recipe import Recipe, family_of, read_recipe
 
 FAMILIES: dict[str, dict[str, Any]] = read("small_pipelines.yaml")
 RECIPES = [f"{family}-{kind}" for family in FAMILIES for kind in ("fp8", "nf4", "mixed")]
 KNOWN_FAILURES = Path(__file__).parents[2] / "docs" / "known-failures.yaml"
 Folders = dict[str, Path]
+
+
+def recipe_of(name: str) -> Recipe:
+    found = read_recipe(name).recipe
+    assert found
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +45,25 @@ def quantized(sources: Folders, tmp_path_factory: pytest.TempPathFactory) -> Fol
 
 
 @pytest.fixture(scope="module")
-def drawn(quantized: Folders) -> dict[str, Any]:
-    """Recipe → its picture in figures, or what the pipeline said; bitroute is imported where the description says so."""
-    calls: list[dict[str, Any]] = [{}, {}]
+def drawn(sources: Folders, quantized: Folders) -> dict[str, Any]:
+    """Recipe, or family of a known failure → its picture in figures, or what diffusers said; all in one fresh process.
+
+    bitroute is imported there only for the recipes whose description says that it is needed.
+    """
+    plain = {str(sources[family]): facts for family, facts in failing().items()}
+    with_bitroute: dict[str, Any] = {}
     for name, folder in quantized.items():
-        calls["loads with bitroute" in read_recipe(name).recipe.description][str(folder)] = FAMILIES[family_of(name)]
-    answers = draw_all(*calls)
-    return {name: answers[str(folder)] for name, folder in quantized.items()}
+        calls = with_bitroute if "loads with bitroute" in recipe_of(name).description else plain
+        calls[str(folder)] = FAMILIES[family_of(name)]
+    answers = draw_all(plain, with_bitroute)
+    return {Path(folder).name: answer for folder, answer in answers.items()}
+
+
+def failing() -> dict[str, dict[str, Any]]:
+    """Family → what makes its small pipeline fail in diffusers, quantized or not."""
+    mochi = {**FAMILIES["mochi"], "call": {"num_inference_steps": 1}}
+    longcat = {**FAMILIES["longcat-image"], "components": {}}  # as if nobody had said that text_processor is None
+    return {"mochi": mochi, "longcat-image": longcat}
 
 
 def test_what_the_recipes_quantize_has_the_classes_of_the_published_pipelines() -> None:
@@ -53,7 +71,7 @@ def test_what_the_recipes_quantize_has_the_classes_of_the_published_pipelines() 
     assert set(FAMILIES) == set(published)
     for name in RECIPES:
         components = FAMILIES[family_of(name)]["components"]
-        for component in read_recipe(name).recipe.components:
+        for component in recipe_of(name).components:
             assert components[component][0] == published[family_of(name)][component][0], (name, component)
 
 
@@ -61,7 +79,7 @@ def test_what_the_recipes_quantize_has_the_classes_of_the_published_pipelines() 
 def test_what_a_recipe_makes_of_a_small_pipeline_holds_its_weights(name: str, quantized: Folders) -> None:
     found = verify(quantized[name], load=False)
     assert found.problems == [] and found.compared
-    assert {layer.component for layer in found.layers} == set(read_recipe(name).recipe.components)
+    assert {layer.component for layer in found.layers} == set(recipe_of(name).components)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -92,7 +110,7 @@ def test_the_command_makes_the_same_checkpoint(sources: Folders, quantized: Fold
 
 @pytest.mark.parametrize("name", ["hidream-fp8", "hidream-nf4", "hidream-mixed"])
 def test_a_text_encoder_that_no_recipe_names_is_copied(name: str, sources: Folders, quantized: Folders) -> None:
-    assert "text_encoder_4" not in read_recipe(name).recipe.components
+    assert "text_encoder_4" not in recipe_of(name).components
     assert (quantized[name] / "text_encoder_4" / "model.safetensors").is_file()
     assert same_files(sources["hidream"] / "text_encoder_4", quantized[name] / "text_encoder_4")
 
@@ -112,9 +130,6 @@ def test_the_known_failure_of_nf4_on_a_cpu_is_as_written() -> None:
     assert f"AssertionError: {failure.value}" == known_failure("any, stored in bitsandbytes")
 
 
-def test_the_known_failures_of_diffusers_are_as_written(sources: Folders, tmp_path: Path) -> None:
-    calls = {family: {**FAMILIES[family], "call": {"num_inference_steps": 1}} for family in ("longcat-image", "mochi")}
-    calls["longcat-image"]["components"] = {}  # as if nobody had said that text_processor is None
-    said = draw_all({str(sources[family]): facts for family, facts in calls.items()}, {})
-    assert known_failure("LongCatImagePipeline") in said[str(sources["longcat-image"])]
-    assert known_failure("MochiPipeline") == said[str(sources["mochi"])]
+def test_the_known_failures_of_diffusers_are_as_written(drawn: dict[str, Any]) -> None:
+    assert known_failure("LongCatImagePipeline") in drawn["longcat-image"]
+    assert known_failure("MochiPipeline") == drawn["mochi"]

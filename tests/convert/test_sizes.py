@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from families import published, read
 from sizes import PIPELINES, RECIPES, Sizes, planned, sizes
 
-from bitroute.convert.recipe import builtin_recipes, family_of
+from bitroute.convert.recipe import builtin_recipes, family_of, read_recipe
 
 STORED: dict[str, Sizes] = read("sizes.yaml")
 FORMATS = ("fp8", "int8", "mixed", "nf4", "nvfp4")
@@ -46,3 +47,15 @@ def test_the_source_of_a_plan_is_the_published_model() -> None:
             if component in parts and isinstance(model, str):
                 facts = published()[class_name][model]
                 assert parts[component]["before"] == 2 * facts.get("stored", facts["parameters"]), (name, component)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_description_says_what_is_needed_to_load_and_no_smaller_size_than_the_plan(name: str) -> None:
+    recipe, parts = read_recipe(name).recipe, STORED[name].values()
+    assert recipe
+    said = recipe.description
+    assert ("loads with bitroute" in said) == any(part["container"] == "bitroute" for part in parts)
+    left = sum(part["after"] for part in parts) / sum(part["before"] for part in parts)
+    assert "half the size" not in said or left < 0.555
+    percent = re.search(r"(\d+) % of the size", said)
+    assert percent is None or int(percent[1]) == round(100 * left)
