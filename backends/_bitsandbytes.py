@@ -1,15 +1,22 @@
-"""What NF4 and FP4 share: 4-bit codes in blocks of 64 or 128 along a row, by bitsandbytes.
+"""What NF4 and FP4 share: 4-bit codes in blocks of 32, 64 or 128 along a row, by bitsandbytes.
 
 ŵ = table[code] · absmax of its block; two codes share a byte, the first in the high half. Double quantization
 stores absmax - mean(absmax) in 8 bits, 256 to a block: 4.127 instead of 4.5 bits per weight, and the error of
-Gaussian NF4 weights grows from 10.484 to 10.505 %. That is why it is the default.
+Gaussian NF4 weights grows from 10.484 to 10.505 %. That is why it is the default. The scale of a block:
+
+    absmax  the largest magnitude, bit for bit bitsandbytes
+    mse     whatever number loses least, near that and judged as it will be read back after double quantization,
+            weighted by the input's second moment where statistics have it; absmax as stored unless another is
+            strictly better. What is stored keeps its form, size and second level of scales, and any reader reads it
+
 Source of the layout: bitsandbytes 0.50, functional.py (quantize_4bit, QuantState.as_dict and from_dict).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import bitsandbytes as bnb
 import torch
@@ -26,9 +33,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bitroute.backends._elements import block_weights, in_blocks
+from bitroute.backends._table import Blocks, table
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+SMALLEST_NUMBER = 2.0**-149  # of float32
 NESTED_BLOCK = 256  # absmax values that share a second-level absmax; bitsandbytes knows no other
 QUANT_STATE_BYTES = 256  # the JSON is padded: its length depends on the digits of the mean, a plan has no data
 _means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # quant_state → (its version, mean absmax)
@@ -41,7 +51,8 @@ class FourBit(Backend):
     quant_type: ClassVar[Literal["nf4", "fp4"]]
 
     double_quant: bool = True
-    block: Literal[64, 128] = 64
+    block: Literal[32, 64, 128] = 64
+    scale: Literal["absmax", "mse"] = "absmax"
 
     def refuse(self, weight: TensorSpec) -> str | None:
         """bitsandbytes' CPU kernel decodes a row of broken blocks to garbage, without an error."""
@@ -63,7 +74,7 @@ class FourBit(Backend):
         return specs
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
-        """Everything but the codes; without double quantization `encode` gives absmax too."""
+        """Everything but the codes, and but absmax where `encode` decides on it."""
         absmax, mean, nested = torch.empty(0), None, None
         if self.double_quant:
             absmax = torch.cat([rows.reshape(-1, self.block).abs().amax(dim=1).float() for rows in blocks])
@@ -81,11 +92,24 @@ class FourBit(Backend):
         )
         packed = state.as_dict(packed=True)
         packed["quant_state"] = _padded(packed.pop(f"quant_state.bitsandbytes__{self.quant_type}"))
-        return Survey(outputs={name: packed[name] for name in packed if self.double_quant or name != "absmax"})
+        if nested is None or mean is None:
+            return Survey(outputs={name: packed[name] for name in packed if name != "absmax"})
+        if self.scale == "absmax":
+            return Survey(outputs=packed)
+        return _searched(packed, mean, weight)
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
-        codes, state = quantize_4bit(rows, blocksize=self.block, quant_type=self.quant_type)
-        return {"codes": codes} if self.double_quant else {"codes": codes, "absmax": state.absmax}
+        if self.scale == "absmax":
+            codes, state = quantize_4bit(rows, blocksize=self.block, quant_type=self.quant_type)
+            return {"codes": codes} if self.double_quant else {"codes": codes, "absmax": state.absmax}
+        weights = block_weights(statistics.second_moment, self.block, rows.device)
+        blocks = Blocks(in_blocks(rows, self.block), table(self.quant_type, rows.device), weights)
+        if not self.double_quant:
+            scales = blocks.search(blocks.plain, lambda wanted: wanted.clamp(max=FLOAT32_MAX))
+            return {"codes": blocks.codes(scales), "absmax": scales.flatten()}
+        levels = Levels.of(survey)
+        scales = blocks.search(levels.read(survey.rowwise["absmax"]), levels.nearest)
+        return {"codes": blocks.codes(scales), "absmax": levels.codes(scales).flatten()}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
         state = self.quant_state(stored, weight, torch.float32)
@@ -136,6 +160,40 @@ class FourBit(Backend):
             offset=_mean_absmax(stored["quant_state"]) if self.double_quant else None,
             state2=nested,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """What the 8 bits of the second level can stand for: number · nested + mean, for each block [n, b]."""
+
+    numbers: Tensor  # [256], ascending
+    nested: Tensor  # largest |absmax - mean| of the 256 blocks around, [n, b]
+    mean: Tensor
+
+    @classmethod
+    def of(cls, survey: Survey) -> Self:
+        nested = survey.rowwise["nested"]
+        return cls(survey.outputs["nested_quant_map"].to(nested.device), nested, survey.facts["mean"])
+
+    def read(self, codes: Tensor) -> Tensor:
+        scales = self.numbers.index_select(0, codes.flatten().int()).view_as(self.nested)
+        return scales.mul_(self.nested).add_(self.mean).clamp_(max=FLOAT32_MAX)
+
+    def codes(self, scales: Tensor) -> Tensor:
+        bounds = (self.numbers[1:] + self.numbers[:-1]) / 2
+        shares = (scales - self.mean) / self.nested.clamp(min=SMALLEST_NUMBER)
+        return torch.bucketize(shares, bounds).to(torch.uint8)
+
+    def nearest(self, scales: Tensor) -> Tensor:
+        return self.read(self.codes(scales))
+
+
+def _searched(packed: dict[str, Tensor], mean: Tensor, weight: TensorSpec) -> Survey:
+    """The second level is that of the plain scales, so that each of them stays within reach of the search."""
+    plain = packed.pop("absmax")
+    nested = packed["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: len(plain)]
+    rowwise = {"absmax": plain.reshape(weight.shape[0], -1), "nested": nested.reshape(weight.shape[0], -1)}
+    return Survey(outputs=packed, facts={"mean": mean}, rowwise=rowwise)
 
 
 def _padded(quant_state: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ torchao/prototype/mx_formats (nearest, ties to even, saturating). Packing assume
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,17 +51,18 @@ class Element:
         """Stored columns of a row of so many elements."""
         return elements * self.bits // 8
 
-    def nearest(self, values: Tensor) -> Tensor:
+    def nearest(self, values: Tensor, scratch: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """float32 → the nearest representable float32, ties to even, saturating; a zero loses its sign.
 
         A value's own power of two times 1.5 · 2^(23 - mantissa bits), added and removed, rounds its mantissa.
+        scratch: the memory for it, float32 and int32 in the shape of `values`; the first is what is returned.
         """
-        values = values.clamp(-self.max, self.max)
-        anchor = values.view(torch.int32) & _EXPONENT
+        clamped, anchor = scratch or (None, None)
+        values = torch.clamp(values, -self.max, self.max, out=clamped)
+        anchor = torch.bitwise_and(values.view(torch.int32), _EXPONENT, out=anchor)
         anchor.clamp_(min=(_F32_BIAS + 1 - self.bias) << _F32_MANTISSA_BITS)  # subnormals share one step
         anchor.add_(((_F32_MANTISSA_BITS - self.mantissa_bits) << _F32_MANTISSA_BITS) + (1 << 22))
-        anchor = anchor.view(torch.float32)
-        return values.add_(anchor).sub_(anchor)
+        return values.add_(anchor.view(torch.float32)).sub_(anchor.view(torch.float32))
 
     def store(self, values: Tensor) -> Tensor:
         """float32 [..., n], already divided by their scale → stored elements [..., columns(n)]."""
@@ -111,14 +112,22 @@ def block_amax(blocks: Tensor) -> Tensor:
     return (blocks.view(torch.int32) & _MAGNITUDE).amax(-1).view(torch.float32)
 
 
-def squared_error(blocks: Tensor, reciprocals: Tensor, element: Element, weights: Tensor | None) -> Tensor:
-    """Σ weight · (y - nearest(y))² per block for y = block · reciprocal, so in units of the squared scale.
+def squared_error(blocks: Tensor, element: Element, weights: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """reciprocals [n, b] → Σ weight · (y - nearest(y))² per block [n, b], for y = block · reciprocal.
 
-    blocks [n, b, size], reciprocals [n, b], weights [b, size] or None → [n, b].
+    blocks [n, b, size], weights [b, size] or None; the error is in units of the squared scale. All calls share
+    their temporaries: fresh memory costs more than the arithmetic.
     """
-    scaled = blocks * reciprocals.unsqueeze(-1)
-    error = scaled.sub_(element.nearest(scaled)).square_()
-    return (error if weights is None else error.mul_(weights)).sum(-1)
+    scaled, rounded, anchor = (
+        torch.empty_like(blocks, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.int32)
+    )
+
+    def error(reciprocals: Tensor) -> Tensor:
+        torch.mul(blocks, reciprocals.unsqueeze(-1), out=scaled)
+        squared = scaled.sub_(element.nearest(scaled, (rounded, anchor))).square_()
+        return (squared if weights is None else squared.mul_(weights)).sum(-1)
+
+    return error
 
 
 def block_weights(second_moment: Tensor | None, size: int, device: torch.device) -> Tensor | None:
@@ -126,10 +135,10 @@ def block_weights(second_moment: Tensor | None, size: int, device: torch.device)
     return None if second_moment is None else second_moment.to(device, torch.float32).reshape(-1, size)
 
 
-def least_error(candidates: Sequence[Tensor], error: Callable[[Tensor], Tensor]) -> Tensor:
+def least_error(first: Tensor, others: Iterable[Tensor], error: Callable[[Tensor], Tensor]) -> Tensor:
     """Per block the candidate with the least error; the first one unless another is strictly better."""
-    best, best_error = candidates[0], error(candidates[0])
-    for candidate in candidates[1:]:
+    best, best_error = first, error(first)
+    for candidate in others:
         candidate_error = error(candidate)
         best = torch.where(candidate_error < best_error, candidate, best)
         best_error = torch.minimum(candidate_error, best_error)

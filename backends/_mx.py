@@ -7,8 +7,9 @@
     even    the same after rounding amax to the element's mantissa (EVEN)
     ceil    ceil(log2 amax) - emax (CEIL)
     rceil   ceil(log2(amax / element max)), nothing saturates; NVIDIA's rule (RCEIL)
-    mse     of absmax, one more and one less the least squared error, weighted by the mean square of each input
-            where calibration measured it; absmax unless another is strictly better
+    mse     of absmax, one more and one less (two, where weighted) the least squared error, weighted by the mean
+            square of each input where calibration measured it; absmax unless another is strictly better. Two more
+            are never better: what their elements reach below the block's amax, those of one more reach as well
 
 An all-zero block has byte 0. Two things are as in torchao: blocks below 2^-124 encode by 2^-126 where byte 0
 decodes by 2^-127, and rceil encodes such blocks unscaled. One is not: where the largest elements of a block, near
@@ -44,6 +45,7 @@ BLOCK = 32
 E8M0 = torch.float8_e8m0fnu
 _BIAS = 127
 _INFINITE = 255  # the biased exponent of infinity in float32
+_LOWER, _LOWER_WEIGHTED = (1,), (1, 2)  # steps below absmax; the weights of the largest elements may be next to none
 
 _ACTIVATIONS = {"mxfp4": E2M1, "mxfp8": E4M3}
 _TORCHAO_DTYPES = {E2M1: torch.float4_e2m1fn_x2, E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
@@ -193,9 +195,11 @@ def _reciprocals(exponents: Tensor, rule: str) -> Tensor:
 def _search(blocks: Tensor, element: Element, weights: Tensor | None) -> Tensor:
     amax = block_amax(blocks)
     floor, largest = _exponents(amax, element, "absmax"), _largest_exponents(amax, element)
+    units = squared_error(blocks, element, weights)
 
     def error(exponents: Tensor) -> Tensor:
-        units = squared_error(blocks, _reciprocals(exponents, "mse"), element, weights)
-        return torch.ldexp(units, 2 * (exponents.clamp(min=1) - floor.clamp(min=1)))
+        return torch.ldexp(units(_reciprocals(exponents, "mse")), 2 * (exponents.clamp(min=1) - floor.clamp(min=1)))
 
-    return least_error([floor, torch.minimum(floor + 1, largest), (floor - 1).clamp_(min=0)], error)
+    lower = _LOWER if weights is None else _LOWER_WEIGHTED
+    others = [torch.minimum(floor + 1, largest), *((floor - step).clamp_(min=0) for step in lower)]
+    return least_error(floor, others, error)

@@ -73,6 +73,10 @@ class Survey:
 
     outputs: Mapping[str, Tensor] = field(default_factory=dict)  # stored as they are, complete
     facts: Mapping[str, Tensor] = field(default_factory=dict)  # read by `encode`, stored nowhere
+    rowwise: Mapping[str, Tensor] = field(default_factory=dict)  # the same, [out, …]: `encode` gets those of its rows
+
+    def of_rows(self, start: int, stop: int) -> Survey:
+        return dataclasses.replace(self, rowwise={name: fact[start:stop] for name, fact in self.rowwise.items()})
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,11 @@ class Backend(ABC):
         if refusal:
             raise BackendError(Problem(f"backend {self.name!r} cannot hold the weight", got=refusal))
         survey = self.survey(self.blocks(weight), spec, statistics)
-        parts = [self.encode(rows, survey, statistics) for rows in self.blocks(weight)]
+        bounds = self.block_bounds(spec)
+        parts = [
+            self.encode(rows, survey.of_rows(start, stop), statistics)
+            for (start, stop), rows in zip(bounds, self.blocks(weight), strict=True)
+        ]
         rowwise = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
         return {**survey.outputs, **rowwise}
 

@@ -14,7 +14,7 @@ is at least 2^-120, so that a tensor of zeros decodes to zeros where torchao giv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -36,8 +36,8 @@ from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Surv
 BLOCK = 16
 SMALLEST_BLOCK_SCALE = 2.0**-6  # E4M3's smallest normal number
 SMALLEST_TENSOR_SCALE = 2.0**-120  # 1 / (tensor scale · block scale) must stay finite
-# steps of the E4M3 scale; on normal, Laplace and Student-t weights a full sweep gains nothing over these
-SEARCH = (-1, 1, -2, 2, 3, 4, 5, 6)
+SEARCH = (-1, 1, -2, 2, 3, 4, 5, 6, 7)  # steps of the E4M3 scale
+SEARCH_WEIGHTED = (*SEARCH, -4, -10)  # the largest element may have next to no weight
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,21 @@ class NVFP4(Backend):
         }
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
-        amax = torch.stack([rows.abs().amax() for rows in blocks]).amax()
-        largest = 256.0 if self.scale == "four-over-six" else E4M3.max
-        return Survey(outputs={"per_tensor_scale": _tensor_scale(amax, largest)})
+        amaxes = [block_amax(in_blocks(rows, BLOCK)) for rows in blocks]
+        amax = torch.stack([block.amax() for block in amaxes]).amax()
+        scale = _tensor_scale(amax, 256.0 if self.scale == "four-over-six" else E4M3.max)
+        if self.scale == "mse" and not any(_starved(block, 2 * scale) for block in amaxes):
+            scale = 2 * scale
+        return Survey(outputs={"per_tensor_scale": scale})
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
         tensor_scale = survey.outputs["per_tensor_scale"]
         blocks = in_blocks(rows, BLOCK)
-        candidates = self._candidates(_ideal_scales(blocks, tensor_scale))
         weights = block_weights(statistics.second_moment, BLOCK, rows.device)
-
-        def error(scales: Tensor) -> Tensor:
-            units = squared_error(blocks, _reciprocals(scales, tensor_scale), E2M1, weights)
-            return units.mul_(scales).mul_(scales)
-
-        scales = least_error(candidates, error) if len(candidates) > 1 else candidates[0]
+        ideal = _ideal_scales(blocks, tensor_scale)
+        plain = _e4m3(ideal)
+        others = self._candidates(ideal, plain, SEARCH if weights is None else SEARCH_WEIGHTED)
+        scales = _least_error(blocks, tensor_scale, plain, others, weights) if self.scale != "absmax" else plain
         qdata = E2M1.store(blocks * _reciprocals(scales, tensor_scale).unsqueeze(-1))
         return {"qdata": qdata.flatten(1), "scale": scales.to(E4M3.dtype)}
 
@@ -135,19 +135,14 @@ class NVFP4(Backend):
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         return super().linear(x if self.activations == "none" else quantized(x), stored, weight, bias)
 
-    def _candidates(self, ideal: Tensor) -> list[Tensor]:
-        """The E4M3 block scales to try, as float32; the plain one first."""
-        plain = _e4m3(ideal)
+    def _candidates(self, ideal: Tensor, plain: Tensor, steps: tuple[int, ...]) -> Iterator[Tensor]:
+        """The E4M3 block scales to try beside the plain ones, as float32."""
         if self.scale == "four-over-six":
-            return [plain, _e4m3(ideal * 1.5)]
-        if self.scale == "absmax":
-            return [plain]
-        codes = plain.to(E4M3.dtype).view(torch.uint8).to(torch.int16)
-        lowest, highest = _code(SMALLEST_BLOCK_SCALE), _code(E4M3.max)
-        return [
-            plain,
-            *(E4M3.load((codes + step).clamp_(lowest, highest).to(torch.uint8)) for step in SEARCH),
-        ]
+            yield _e4m3(ideal * 1.5)
+        else:
+            codes = plain.to(E4M3.dtype).view(torch.uint8).to(torch.int16)
+            lowest, highest = _code(SMALLEST_BLOCK_SCALE), _code(E4M3.max)
+            yield from (E4M3.load((codes + step).clamp_(lowest, highest).to(torch.uint8)) for step in steps)
 
 
 def quantized(x: Tensor) -> Tensor:
@@ -165,13 +160,33 @@ def quantized(x: Tensor) -> Tensor:
     return by_row_blocks(x.detach().reshape(-1, x.shape[-1]), through).reshape(x.shape)
 
 
+def _least_error(
+    blocks: Tensor, tensor_scale: Tensor, plain: Tensor, others: Iterable[Tensor], weights: Tensor | None
+) -> Tensor:
+    units = squared_error(blocks, E2M1, weights)
+
+    def error(scales: Tensor) -> Tensor:
+        return units(_reciprocals(scales, tensor_scale)).mul_(scales).mul_(scales)
+
+    return least_error(plain, others, error)
+
+
+def _starved(amaxes: Tensor, tensor_scale: Tensor) -> bool:
+    """Whether a block that is not zero would have a smaller scale than there is."""
+    return bool(((amaxes > 0) & (_to_six(amaxes, tensor_scale) < SMALLEST_BLOCK_SCALE)).any())
+
+
 def _tensor_scale(amax: Tensor, largest_block_scale: float) -> Tensor:
     return (amax.float() / (largest_block_scale * E2M1.max)).clamp_(min=SMALLEST_TENSOR_SCALE)
 
 
 def _ideal_scales(blocks: Tensor, tensor_scale: Tensor) -> Tensor:
+    return _to_six(block_amax(blocks), tensor_scale)
+
+
+def _to_six(amaxes: Tensor, tensor_scale: Tensor) -> Tensor:
     """Block scales before rounding: amax → 6."""
-    return block_amax(blocks) / E2M1.max / tensor_scale
+    return amaxes / E2M1.max / tensor_scale
 
 
 def _reciprocals(scales: Tensor, tensor_scale: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def quantize(
     recipe: str, model: str | None = None, out: str | Path | None = None, *,
     device: str = "cpu", overwrite: bool = False, resume: bool = False, allow_pickle: bool = False,
-    dequantize: Dequantize = False, config: str | None = None, progress: Progress | None = None,
+    dequantize: Dequantize = False, config: str | None = None, variant: str | None = None,
+    progress: Progress | None = None,
 ) -> Path:  # fmt: skip
     """Plans and runs a recipe; returns the checkpoint folder. Verification is `bitroute.verify`.
 
@@ -45,13 +46,14 @@ def quantize(
     out: the folder to write, by default one named after the recipe. device: where the arithmetic runs.
     overwrite: replace an earlier output. resume: finish an interrupted one, or start where there is none.
     allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
-    config: the pipeline that a single file, given as the model, belongs to.
+    config: the pipeline that a single file, given as the model, belongs to. variant: of the weights to read: fp16.
 
     Raises:
         RecipeError, SourceError: refused before anything was written.
         JobError: the job could not finish; what it left carries no name that a loader looks for.
     """
-    planned = fetch(plan(recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config))
+    chosen = plan(recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config, variant=variant)
+    planned = fetch(chosen)
     folder = Path(out).expanduser() if out is not None else Path(Path(planned.recipe.name).stem)
     run(planned, folder, device=device, overwrite=overwrite, resume=resume, progress=progress)
     return folder
@@ -181,8 +183,9 @@ def _write_entry(
         survey = entry.backend.survey(_blocks(entry, device), entry.weight)
         for suffix, tensor in survey.outputs.items():
             writer.append(names[suffix], tensor)
-        for rows in _blocks(entry, device):
-            for suffix, part in entry.backend.encode(rows, survey).items():
+        bounds = entry.backend.block_bounds(entry.source.spec.rows)
+        for (start, stop), rows in zip(bounds, _blocks(entry, device), strict=True):
+            for suffix, part in entry.backend.encode(rows, survey.of_rows(start, stop)).items():
                 writer.append(names[suffix], part)
             report(rows.numel() * entry.source.spec.dtype.itemsize, entry.layer or entry.name)
     except BackendError as error:

@@ -64,7 +64,7 @@ def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Any]) -> Non
 @pytest.mark.parametrize("kind", ["gaussian", "student-t", "zeros", "zero row", "outlier"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("name", "block"), [("nf4", 64), ("nf4", 128), ("fp4", 64)])
+@pytest.mark.parametrize(("name", "block"), [("nf4", 32), ("nf4", 64), ("nf4", 128), ("fp4", 64)])
 def test_four_bits_are_those_of_bitsandbytes(
     name: str, block: int, double_quant: bool, dtype: torch.dtype, kind: str
 ) -> None:
@@ -81,11 +81,12 @@ def test_four_bits_are_those_of_bitsandbytes(
     assert decoded.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, {"scale": "mse"}, {"scale": "mse", "block": 32}], ids=str)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_bitsandbytes_reads_the_padded_quant_state(name: str, double_quant: bool) -> None:
+def test_bitsandbytes_reads_the_padded_quant_state(name: str, double_quant: bool, options: dict[str, Any]) -> None:
     weight = weight_of("gaussian", torch.bfloat16)
-    backend = create(name, double_quant=double_quant)
+    backend = create(name, double_quant=double_quant, **options)
     stored = backend.quantize(weight)
     tensors = native(backend, weight, stored)
 

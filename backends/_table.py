@@ -1,0 +1,116 @@
+"""4-bit codes of a table of 16 numbers in [-1, 1], and the block scales that lose least with them.
+
+ŵ = table[code] · scale. The search tries the largest magnitude times 0.4 to 1.6, first in steps of 0.04, then of
+0.01 around the best. Of Gaussian NF4 weights the best of all factors in steps of 0.01 leaves an error of 8.484 %,
+and this one of 8.49 %, in three to five times the time of quantizing without a search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+from bitsandbytes.functional import get_4bit_type
+from torch import Tensor
+
+from bitroute.backends._elements import block_amax, least_error
+
+COARSE = tuple(0.4 + 0.04 * step for step in range(31))  # below 0.75 only where errors are weighted
+FINE = (0.98, 0.99, 1.01, 1.02)
+SMALLEST_AMAX = 1e-38  # of a block, as in bitsandbytes; its reciprocal must be finite
+SMALLEST_SHARE, LARGEST_SHARE = 1e-6, 1e6  # of a scale in its block's amax; beyond, the error no longer depends on it
+BINS = 2048  # of [0, 1], for values that need not be rounded exactly
+
+
+class Table:
+    """The numbers in ascending order with their codes, and the nearest of them by a look into narrow bins."""
+
+    def __init__(self, quant_type: Literal["nf4", "fp4"], device: torch.device) -> None:
+        self.numbers, order = get_4bit_type(quant_type, device=device).sort()
+        self.codes = order.to(torch.uint8)
+        bounds = (self.numbers[1:] + self.numbers[:-1]) / 2
+        infinite = torch.full((1,), torch.inf, device=device)
+        self.lower, self.upper = torch.cat([-infinite, bounds]), torch.cat([bounds, infinite])
+        centers = torch.arange(-BINS, BINS + 1, device=device) / BINS
+        self.places = torch.bucketize(centers, bounds, out_int32=True)
+        self.rough = self.numbers[self.places]
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """float32 [...] → places of the nearest numbers, int32 [...]; exact, a tie goes to the lower one."""
+        bins = (values * BINS).clamp_(-BINS, BINS).add_(BINS + 0.5).to(torch.int32)
+        places = _looked_up(self.places, bins)  # the bin of a bound holds values of both sides
+        places += values > _looked_up(self.upper, places)
+        places -= (values <= _looked_up(self.lower, places)).int()
+        return places
+
+    def roughly_nearest(self, values: Tensor, scratch: Tensor) -> Tensor:
+        """The numbers, in the place of `values`; what is within 1/4096 of a bound may go to its other side.
+
+        scratch: int32 in the shape of `values`, which are contiguous.
+        """
+        scratch.copy_(values.mul_(BINS).clamp_(-BINS, BINS).add_(BINS + 0.5))
+        torch.index_select(self.rough, 0, scratch.view(-1), out=values.view(-1))
+        return values
+
+    def pack(self, values: Tensor) -> Tensor:
+        """[...] in row-major order → the codes of the nearest, two to a byte, the first in the high half, [·, 1]."""
+        codes = _looked_up(self.codes, self.nearest(values.flatten()))
+        return (codes[::2] << 4).bitwise_or_(codes[1::2]).unsqueeze(1)
+
+
+@cache
+def table(quant_type: Literal["nf4", "fp4"], device: torch.device) -> Table:
+    return Table(quant_type, device)
+
+
+class Blocks:
+    """Blocks [n, b, size], float32, in shares of their amax, which neither overflow nor underflow when squared."""
+
+    def __init__(self, blocks: Tensor, found: Table, weights: Tensor | None) -> None:
+        self.plain = block_amax(blocks)
+        self.amax = self.plain.clamp(min=SMALLEST_AMAX)
+        self.shares = blocks * (1.0 / self.amax).unsqueeze(-1)
+        self.table, self.weights = found, weights  # weights [b, size], or None
+        self._values, self._bins = torch.empty_like(self.shares), torch.empty_like(self.shares, dtype=torch.int32)
+
+    def search(self, plain: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
+        """Per block the scale with the least error, [n, b]; `plain` unless another is strictly better.
+
+        stored: scales → what will be read back for them.
+        """
+        found = stored(least_error(plain, (self.amax * factor for factor in COARSE), self.rough_error))
+        found = least_error(found, (stored(found * factor) for factor in FINE), self.rough_error)
+        return least_error(plain, [found], self.error)
+
+    def codes(self, scales: Tensor) -> Tensor:
+        return self.table.pack(self.shares * _reciprocals(self._shares_of_amax(scales)))
+
+    def error(self, scales: Tensor) -> Tensor:
+        """Σ weight · (w - ŵ)² per block, in units of its squared amax, [n, b]."""
+        share = self._shares_of_amax(scales)
+        places = self.table.nearest(self.shares * _reciprocals(share))
+        return self._squared_error(_looked_up(self.table.numbers, places), share)
+
+    def rough_error(self, scales: Tensor) -> Tensor:
+        share = self._shares_of_amax(scales)
+        torch.mul(self.shares, _reciprocals(share), out=self._values)
+        return self._squared_error(self.table.roughly_nearest(self._values, self._bins), share)
+
+    def _shares_of_amax(self, scales: Tensor) -> Tensor:
+        return (scales / self.amax).clamp_(-LARGEST_SHARE, LARGEST_SHARE).unsqueeze(-1)
+
+    def _squared_error(self, decoded: Tensor, share: Tensor) -> Tensor:
+        squared = decoded.mul_(share).sub_(self.shares).square_()
+        return (squared if self.weights is None else squared.mul_(self.weights)).sum(-1)
+
+
+def _looked_up(values: Tensor, places: Tensor) -> Tensor:
+    """values[places], several times as fast."""
+    return values.index_select(0, places.flatten()).view_as(places)
+
+
+def _reciprocals(shares: Tensor) -> Tensor:
+    """A scale of zero decodes to zero whatever the codes."""
+    return 1.0 / shares.abs().clamp_(min=SMALLEST_SHARE).copysign_(shares)
