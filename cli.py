@@ -21,7 +21,7 @@ import click
 
 from bitroute.convert import commands as around_a_job
 from bitroute.convert import sources
-from bitroute.convert.commands import CONTEXT, JSON, run_verification
+from bitroute.convert.commands import CONTEXT, JSON, VARIANT, run_verification
 from bitroute.convert.conversion_command import SHARD_SIZE, convert_model
 from bitroute.convert.noise import quiet
 from bitroute.errors import BitrouteError, Problem
@@ -120,7 +120,9 @@ def _print_problems(error: BitrouteError) -> None:
 @click.group(cls=_Command, invoke_without_command=True, context_settings=CONTEXT)
 @click.option("--recipe", "-r", help="A recipe file, or the name of a built-in one.")
 @click.option(
-    "--model", "-m", help="A pipeline's or one component's folder, a Hub id, builtin:tiny-flux; not the recipe's `model`."
+    "--model",
+    "-m",
+    help="Folder of a pipeline or component, Hub id or builtin:tiny-flux, instead of the recipe's `model`.",
 )
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Output folder  [default: the recipe's name]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights.")
@@ -128,6 +130,7 @@ def _print_problems(error: BitrouteError) -> None:
 @click.option("--resume", is_flag=True, help="Finish an interrupted job; start it where there is nothing yet.")
 @click.option("--allow-pickle", is_flag=True, help="Also read weights from *.bin files, tensors alone.")
 @click.option("--config", help="The pipeline that a single file belongs to: for all that it lacks.")
+@VARIANT
 @SHARD_SIZE
 @click.option("--dequantize", is_flag=True, help="Read what is already quantized as bf16: the errors of both add up.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu, cuda, mps.")
@@ -144,7 +147,7 @@ def _print_problems(error: BitrouteError) -> None:
 @click.pass_context
 def main(
     ctx: click.Context, recipe: str | None, model: str | None, out: Path | None, dry_run: bool,
-    overwrite: bool, resume: bool, allow_pickle: bool, config: str | None,
+    overwrite: bool, resume: bool, allow_pickle: bool, config: str | None, variant: str | None,
     shard_size: int | None, dequantize: bool, device: str, no_verify: bool, evaluated: bool,
     pushed: str | None, accept_license: bool, as_json: bool, verbose: int,
 ) -> None:  # fmt: skip
@@ -171,8 +174,9 @@ def main(
 
     check_device(device)
     planned = plan(
-        recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config, shard_bytes=shard_size
-    )
+        recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config, shard_bytes=shard_size,
+        variant=variant,
+    )  # fmt: skip
     target = None if pushed is None else around_a_job.push_target(planned, pushed, accept_license)
     wanted = evaluated or (target and planned.recipe.recipe and planned.recipe.recipe.eval)
     sampling = evaluation.sampling_of(planned, device) if wanted else None
@@ -180,7 +184,7 @@ def main(
     if out or not dry_run:
         check_output(planned, folder, journal_of(planned, device), overwrite, resume)
     if dry_run:
-        _print_plan(planned, as_json)
+        around_a_job.print_plan(planned, as_json)
         return
     planned = fetch(planned)
     ctx.meta["out"] = folder
@@ -215,21 +219,12 @@ def _run(planned: Plan, out: Path, device: str, overwrite: bool, resume: bool, a
     from bitroute.convert.progress import Bar
 
     if not as_json:
-        _print_table(planned)
+        around_a_job.print_plan(planned, as_json)
     total = sum(component.source_bytes for component in planned.components)
     with Bar("quantizing", total) as bar:
         converted = run(planned, out, device=device, overwrite=overwrite, resume=resume, progress=bar.advance)
     if not converted:
         click.echo(f"{out} is finished: there is nothing to convert", err=True)
-
-
-def _print_plan(planned: Plan, as_json: bool) -> None:
-    from bitroute.convert.describe import describe
-
-    if as_json:
-        click.echo(json.dumps(describe(planned), indent=1))
-    else:
-        _print_table(planned)
 
 
 def _result(planned: Plan, out: Path, found: Verification | None) -> tuple[dict[str, Any], str]:
@@ -239,16 +234,6 @@ def _result(planned: Plan, out: Path, found: Verification | None) -> tuple[dict[
     verification = verification_json(found) if found else None
     content = {"out": str(out), "size_bytes": planned.size_bytes, "verification": verification}
     return content, "\n".join([*([verification_text(found)] if found else []), result_text(planned, out)])
-
-
-def _print_table(planned: Plan) -> None:
-    """A pipe or a file gets lines wide enough not to be folded."""
-    from rich.console import Console
-
-    from bitroute.convert.table import plan_table
-
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
-    console.print(plan_table(planned, console.width))
 
 
 def _again(ctx: click.Context) -> str:

@@ -4,6 +4,7 @@ document → validation → recipe      YAML with lines, the schema, all problem
 layout → reading → checkpoint       safetensors headers (pickles: of *.bin), blocks of rows, parts of a pipeline
 tracing, text_encoder → single_file one file in its authors' names (configs: the pipeline beside it)
 hub, selection → download           a repository at one commit, the files of its pipeline, an outline for the plan
+variants                            a local folder with fp16 in its names, seen under plain ones
 opening, shards                     the model of a recipe, the files of a component
 ggml → gguf, scaled, fourbit        codes and scales of other tools, in files and folders
 decoded, foreign                    a quantized component read as floats

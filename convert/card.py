@@ -19,7 +19,7 @@ from bitroute.convert.origin import Origin
 from bitroute.convert.quality import Quality
 from bitroute.convert.reading import read_json
 from bitroute.convert.record import Record, RecordedComponent, RecordedEntry
-from bitroute.convert.snippet import Trial, loading_code, needs_bitroute
+from bitroute.convert.snippet import Trial, needs_bitroute, recorded_code
 from bitroute.convert.table import size
 from bitroute.errors import SourceError
 
@@ -60,7 +60,7 @@ def model_card(given: CardInputs, repo: str, revision: str | None = None) -> str
         link=_Markdown(f"{PAGE}{origin.repo}"), devices=plan["devices"],
         sizes=_Markdown(_from_to(plan["source_bytes"], plan["size_bytes"])),
         ratio=f"{plan['size_bytes'] / max(plan['source_bytes'], 1):.0%}",
-        code=_Markdown(fenced(loading_code(repo, needs_bitroute(record), revision, record.bare), "python")),
+        code=_Markdown(fenced(recorded_code(record, repo, revision), "python")),
         install=_Markdown(fenced(_install(plan["packages"]), "sh")), needs_bitroute=needs_bitroute(record),
         parts=_Markdown(table(TITLES, _rows(record, resident))),
         quality=given.quality, table=_Markdown(given.quality.table if given.quality else ""),

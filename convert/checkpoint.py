@@ -15,6 +15,7 @@ from bitroute.convert.layout import Header, StoredTensor, read_header
 from bitroute.convert.pickles import read_pickle
 from bitroute.convert.reading import read_json
 from bitroute.convert.recipe import Dequantize
+from bitroute.convert.shards import index_name, weight_name
 from bitroute.errors import Problem, SourceError, did_you_mean
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Component:
     views: tuple[View, ...] = ()  # what the stored tensors are read as, one after the other
     notes: tuple[str, ...] = ()  # what a plan says of how it is read
     bare: bool = False  # the whole model: no pipeline is around it
+    variant: str | None = None  # in the names of its weights; a source is read under plain names
 
     @property
     def place(self) -> PurePosixPath:
@@ -82,33 +84,40 @@ class Component:
         return found
 
     def _files(self) -> list[Path]:
-        names = [f"{self.stem}.safetensors"]
+        kinds = {"safetensors": self.stem}
         if self.allow_pickle:
-            names.append(f"{PICKLE_STEMS[self.library]}.bin")
-        for name in names:
-            if os.path.lexists(index := self.folder / f"{name}.index.json"):
-                return self._shards(index)
-            if os.path.lexists(single := self.folder / name):  # a link that leads nowhere is named where it is read
-                return [single]
-        raise SourceError(self._no_weights(names))
+            kinds["bin"] = PICKLE_STEMS[self.library]
+        names = []
+        for suffix, stem in kinds.items():
+            single, index = (name(stem, self.variant, suffix) for name in (weight_name, index_name))
+            if os.path.lexists(self.folder / index):
+                return self._shards(self.folder / index, f".{suffix}")
+            if os.path.lexists(self.folder / single):  # a link that leads nowhere is named where it is read
+                return [self.folder / single]
+            names += [single, index]
+        raise SourceError(self._no_weights(list(kinds), names))
 
-    def _no_weights(self, names: list[str]) -> Problem:
+    def _no_weights(self, kinds: list[str], names: list[str]) -> Problem:
+        from bitroute.convert.selection import choose_variant, variants_of
+
         others = [name for name in file_names(self.folder) if name.endswith((".safetensors", *PICKLES))]
-        mend = "rename or save the variant you want under the plain name"
+        mend = "rename or save the weights you want under the plain name"
         if not self.allow_pickle and any(name.endswith(PICKLES) for name in others):
             mend = "a pickle can run code: save the model as safetensors, or give --allow-pickle (.bin, tensors alone)"
+        usable = [name for name in others if self.allow_pickle or not name.endswith(PICKLES)]
+        if self.variant is None and (variants := variants_of(usable)):
+            mend = choose_variant(variants)
         return Problem(
-            f"component {self.name!r} has no weights in {' or '.join(name.partition('.')[2] for name in names)}",
+            f"component {self.name!r} has no weights in {' or '.join(kinds)}",
             str(self.folder), got=printable(", ".join(others[:10])) or "no weight file",
-            expected=" or ".join(word for name in names for word in (name, f"{name}.index.json")), next_step=mend,
+            expected=" or ".join(names), next_step=mend,
         )  # fmt: skip
 
-    def _shards(self, index: Path) -> list[Path]:
+    def _shards(self, index: Path, suffix: str) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise SourceError(Problem("the index has no weight_map", str(index)))
         names = sorted({str(name) for name in weight_map.values()})
-        suffix = Path(index.name.removesuffix(".index.json")).suffix
         for name in names:
             if not is_plain_name(name):
                 raise SourceError(_outside(index, "a file outside its folder", name, "plain file names"))
@@ -165,6 +174,7 @@ class Pipeline:
     held: Mapping[str, Component] = field(default_factory=dict)  # those whose weights are in the single file `name`
     config: Pipeline | None = None  # where everything else comes from, if `name` is a single file
     loras: tuple[Lora, ...] = ()  # fused into the weights
+    variant: str | None = None  # of the weights of a local folder; then `folder` is one of links to it
     views: Mapping[str, tuple[View, ...]] = field(default_factory=dict)  # component → what else its tensors are read as
 
     @property
@@ -223,7 +233,7 @@ def open_pipeline(
 
     Or a single file, with the pipeline that it belongs to as its `config`.
 
-    revision: a branch, a tag or a commit. variant: of the weights, such as fp16. Both are the Hub's only.
+    revision: a branch, a tag or a commit, on the Hub only. variant: of the weights, such as fp16.
     access: `download` what the pipeline needs, `outline` it for a plan, or open what the `cache` has, without network.
     allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
 
@@ -236,8 +246,8 @@ def open_pipeline(
         is_folder, is_there = bool(model) and folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, no permission
         raise SourceError(Problem("not a usable model path", model[:100], got=str(error)[:200])) from error
-    if is_folder and (revision or variant):
-        raise SourceError(_not_of_a_folder(model))
+    if is_there and (revision or (variant and not is_folder)):
+        raise SourceError(_not_here(model, "revision" if revision else "variant", folder))
     if is_there and not is_folder:
         from bitroute.convert.single_file import open_single_file
 
@@ -252,7 +262,12 @@ def open_pipeline(
             return _open_hub(model, hub_id[0], revision or hub_id[1], variant, access, allow_pickle, dequantize)
     if not is_folder:
         raise SourceError(_no_folder(model, folder))
-    return Pipeline(folder, model, read_index(folder), allow_pickle=allow_pickle, dequantize=dequantize)
+    if variant:
+        from bitroute.convert.variants import plain_folder
+
+        folder = plain_folder(model, folder, variant)
+    index = read_index(folder)
+    return Pipeline(folder, model, index, allow_pickle=allow_pickle, dequantize=dequantize, variant=variant)
 
 
 def _open_hub(
@@ -304,10 +319,11 @@ def _no_model(folder: Path, got: str) -> Problem:
     )  # fmt: skip
 
 
-def _not_of_a_folder(model: str) -> Problem:
+def _not_here(model: str, what: str, place: Path) -> Problem:
+    kind = "folder" if place.is_dir() else "file"
     return Problem(
-        "a local folder has no `revision` and no `variant`", model, got="a folder, which wins over the Hub",
-        next_step="leave them out, or rename the folder to mean the model on the Hub",
+        f"a local {kind} has no `{what}`", model, got=f"a {kind}, which wins over the Hub",
+        next_step=f"leave it out, or rename the {kind} to mean the model on the Hub",
     )  # fmt: skip
 
 

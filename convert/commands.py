@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+VARIANT = click.option("--variant", help="Read weights of this variant, such as fp16; else plain ones.")
 
 
 @click.group(context_settings=CONTEXT)
@@ -95,8 +97,11 @@ class _Memory(click.ParamType[float]):
 @click.option("--vram", type=_Memory(), required=True, help="Memory of the GPU, such as 12GB.")
 @click.option("--reserve", type=_Memory(), help="Kept free for activations  [default: 1.5 GiB; for videos 4 GiB]")
 @click.option("--allow-pickle", is_flag=True, help="Also read weights from *.bin files, tensors alone.")
+@VARIANT
 @JSON
-def recommend_recipe(model: str, vram: float, reserve: float | None, allow_pickle: bool, as_json: bool) -> None:
+def recommend_recipe(
+    model: str, vram: float, reserve: float | None, allow_pickle: bool, variant: str | None, as_json: bool
+) -> None:
     """Which recipe suits MODEL on a card of that size, and why.
 
     Every recipe of the model's family is planned; no weight is read. The best is the one that loses least among
@@ -104,7 +109,7 @@ def recommend_recipe(model: str, vram: float, reserve: float | None, allow_pickl
     """
     from bitroute.convert.recommend import advice_json, advice_text, recommend
 
-    advice = recommend(model, vram, reserve, allow_pickle=allow_pickle)
+    advice = recommend(model, vram, reserve, allow_pickle=allow_pickle, variant=variant)
     show(advice_json(advice), as_json, advice_text(advice))
 
 
@@ -128,7 +133,10 @@ def list_backends(name: str | None, as_json: bool) -> None:
 @click.argument("component", required=False)
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="Write the profile to this file.")
 @click.option("--allow-pickle", is_flag=True, help="Also read weights from *.bin files, tensors alone.")
-def show_profile(model: str, component: str | None, out: Path | None, allow_pickle: bool) -> None:
+@VARIANT
+def show_profile(
+    model: str, component: str | None, out: Path | None, allow_pickle: bool, variant: str | None
+) -> None:  # fmt: skip
     """What the layers of a COMPONENT do and which to keep, as a file to edit.
 
     It is the built-in profile of the component's class, or else one inferred from its modules. MODEL is a folder, a
@@ -139,19 +147,20 @@ def show_profile(model: str, component: str | None, out: Path | None, allow_pick
     from bitroute.convert.inference import profile_text
     from bitroute.convert.recipe import write_new
 
-    pipeline = open_pipeline(model, access="outline", allow_pickle=allow_pickle)
+    pipeline = open_pipeline(model, variant=variant, access="outline", allow_pickle=allow_pickle)
     class_name, text = profile_text(pipeline, component)
     click.echo(write_new(text, out, f"{class_name}.yaml") if out else text, nl=bool(out))
 
 
 @click.command("inspect", context_settings=CONTEXT)
 @click.argument("path")
+@VARIANT
 @JSON
-def inspect_path(path: str, as_json: bool) -> None:
+def inspect_path(path: str, variant: str | None, as_json: bool) -> None:
     """What a file or folder of safetensors holds."""
     from bitroute.convert.inspection import inspect, inspection_text
 
-    found = inspect(path)
+    found = inspect(path, variant)
     show(found, as_json, inspection_text(found))
 
 
@@ -251,6 +260,21 @@ def run_verification(
 
     with Bar("verifying", read_record(folder.expanduser()).size_bytes) as bar:
         return verify(folder, model, load=load, allow_pickle=allow_pickle, progress=bar.advance)
+
+
+def print_plan(planned: Plan, as_json: bool) -> None:
+    """A pipe or a file gets lines wide enough not to be folded."""
+    from bitroute.convert.describe import describe
+
+    if as_json:
+        click.echo(json.dumps(describe(planned), indent=1))
+        return
+    from rich.console import Console
+
+    from bitroute.convert.table import plan_table
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    console.print(plan_table(planned, console.width))
 
 
 def say_on_stderr(what: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitroute.convert.commands import CONTEXT, JSON
+from bitroute.convert.commands import CONTEXT, JSON, VARIANT, print_plan
 from bitroute.convert.sources import DTYPES, conclude, run_with_bar
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ SHARD_SIZE = click.option("--shard-size", type=ShardSize(), help="At most this i
 )  # fmt: skip
 @SHARD_SIZE
 @click.option("--config", help="The pipeline that a single file belongs to: for all that it lacks.")
+@VARIANT
+@click.option("--out-variant", metavar="NAME", help="Write files for from_pretrained(OUT, variant=NAME), such as fp16.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted job; start it where there is nothing yet.")
 @click.option("--no-verify", is_flag=True, help="Do not verify the result.")
@@ -49,7 +52,8 @@ SHARD_SIZE = click.option("--shard-size", type=ShardSize(), help="At most this i
 @click.pass_context
 def convert_model(
     ctx: click.Context, source: str, out: Path, dtype: str, format: Format, shard_size: int | None, config: str | None,
-    overwrite: bool, resume: bool, no_verify: bool, as_json: bool,
+    variant: str | None, out_variant: str | None, dry_run: bool, overwrite: bool, resume: bool, no_verify: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Write the pipeline SOURCE in another layout; nothing is quantized.
 
@@ -59,12 +63,19 @@ def convert_model(
     if resume and overwrite:
         raise click.UsageError("--resume goes on with what is there, --overwrite begins anew: give one of them")
     from bitroute.convert.conversion import plan_conversion
+    from bitroute.convert.journal import journal_of
+    from bitroute.convert.output import check_output
     from bitroute.convert.plan import fetch
 
     read_as = False if dtype == "source" else DTYPES[dtype]
-    planned = fetch(plan_conversion(source, read_as, format, shard_size, config))
+    planned = plan_conversion(source, read_as, format, shard_size, config, variant, out_variant)
     folder = out.expanduser()
+    check_output(planned, folder, journal_of(planned, "cpu"), overwrite, resume)
+    if dry_run:
+        print_plan(planned, as_json)
+        return
+    planned = fetch(planned)
     ctx.meta["out"] = folder
     run_with_bar("converting", planned, folder, overwrite, resume)
     ctx.meta["written"] = True
-    ctx.exit(conclude(planned, folder, no_verify, as_json))
+    ctx.exit(conclude(planned, folder, no_verify, as_json, each_file=format == "single-file"))

@@ -35,10 +35,15 @@ def copies(pipeline: Pipeline, converted: Sequence[str]) -> tuple[dict[str, int]
 
 
 def _files(pipeline: Pipeline, converted: Sequence[str], problems: list[Problem]) -> Iterator[Path]:
+    from bitroute.convert.selection import other_variants
+
     for folder in () if pipeline.bare else (pipeline.folder / name for name in pipeline.parts):
-        for file in _walk(folder, problems):
-            written = file.name == "config.json" or file.name.endswith(WEIGHTS)
-            if not (folder.name in converted and file.parent == folder and written):
+        files = list(walk(folder, problems))
+        left_out = other_variants([file.name for file in files if file.parent == folder])
+        for file in files:
+            written = file.name == "config.json" or file.name.endswith(WEIGHTS) or is_index(file.name)
+            ours = folder.name in converted and written
+            if not (file.parent == folder and (ours or file.name in left_out)):
                 yield file
     names, index = file_names(pipeline.folder), pipeline.index
     own = [name for name in names if goes_along(name, index)] if pipeline.bare else []
@@ -46,7 +51,7 @@ def _files(pipeline: Pipeline, converted: Sequence[str], problems: list[Problem]
     yield from (pipeline.folder / name for name in beside if not (pipeline.folder / name).is_dir())
 
 
-def _walk(top: Path, problems: list[Problem]) -> Iterator[Path]:
+def walk(top: Path, problems: list[Problem]) -> Iterator[Path]:
     """What lies in a folder and below it, and is no folder; those that cannot be walked are problems."""
     folders = [top]
     while folders:
@@ -63,6 +68,11 @@ def _walk(top: Path, problems: list[Problem]) -> Iterator[Path]:
                 problems.append(_linked(path))
             else:
                 folders.append(path)
+
+
+def is_index(name: str) -> bool:
+    """Of shards, whatever their variant: `model.safetensors.index.fp16.json`."""
+    return name.endswith(".json") and ".index." in name
 
 
 def _has_weights(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from bitroute.convert.record import RecordedComponent, RecordedEntry, read_recor
 from bitroute.errors import BitrouteError, Problem, SourceError
 
 DTYPES = {True: torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers 5 and 4
 RECORD = "bitroute.json"
 LARGER = "decode to a dtype that holds it: --dtype fp32"
 SHOWN = 20  # problems of one component that an error lists
@@ -39,9 +40,13 @@ class DecodedComponent(Component):
     def config(self) -> dict[str, Any]:
         config = read_json(self.folder / "config.json")
         config.pop("quantization_config", None)
-        if self.dequantize is not True and is_quantized(self):
-            config |= {key: self.dequantize for key in ("dtype", "torch_dtype") if key in config}
+        if self.library == "transformers" and isinstance(self.dequantize, str) and self._holds_only(self.dequantize):
+            return {"dtype": self.dequantize, **_with_dtype(config, self.dequantize)}
         return config
+
+    def _holds_only(self, dtype: Dequantize) -> bool:
+        found = {tensor.spec.dtype for tensor in self.tensors.values()}
+        return {kind for kind in found if kind.is_floating_point} == {DTYPES[dtype]}
 
 
 def decoded(component: Component, dequantize: Dequantize) -> Component:
@@ -55,6 +60,14 @@ def decoded(component: Component, dequantize: Dequantize) -> Component:
 
     same = {field.name: getattr(component, field.name) for field in fields(component)}
     return DecodedComponent(**{**same, "views": (*component.views, view)}, dequantize=dequantize)
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Also of the configs in it, such as `text_config`."""
+    return {
+        key: dtype if key in DTYPE_KEYS else _with_dtype(value, dtype) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
 
 
 def is_quantized(component: Component) -> bool:

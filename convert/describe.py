@@ -11,6 +11,7 @@ from bitroute.convert.checkpoint import Pipeline
 from bitroute.convert.entry import Entry
 from bitroute.convert.fold import fold
 from bitroute.convert.plan import ComponentPlan, Plan
+from bitroute.convert.shards import index_name
 from bitroute.errors import JobError, Problem
 
 FORMAT_VERSION = 1
@@ -71,7 +72,7 @@ def written_files(plan: Plan) -> list[str]:
 
 
 def index_names(component: ComponentPlan) -> list[str]:
-    return [f"{component.component.stem}.safetensors.index.json"] if len(component.shards) > 1 else []
+    return [index_name(component.component.stem, component.variant)] if len(component.shards) > 1 else []
 
 
 def _origin(plan: Plan) -> dict[str, Any]:
@@ -94,6 +95,7 @@ def _source(pipeline: Pipeline) -> dict[str, Any]:
         config = f"{hub.repo}@{hub.commit}" if hub else config
         return {"model": pipeline.name, "revision": None, "config": config, **read_as}
     if pipeline.hub is None:
+        read_as |= {"variant": pipeline.variant} if pipeline.variant else {}
         return {"model": pipeline.name, "revision": None, **read_as}
     return {"model": pipeline.hub.repo, "revision": pipeline.hub.commit, "variant": pipeline.hub.variant, **read_as}
 
@@ -104,6 +106,7 @@ def _component(plan: ComponentPlan) -> dict[str, Any]:
         "library": plan.component.library,
         "class": plan.component.class_name,
         "place": str(plan.component.place),
+        "variant": plan.variant,
         "container": plan.container.name,
         "notes": list(plan.notes),
         "parameters": plan.parameters,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import shutil
 import struct
 import tempfile
@@ -34,6 +33,7 @@ from bitroute.convert.layout import HEADER_LIMIT_BYTES
 from bitroute.convert.progress import Bar
 from bitroute.convert.reading import CONFIG_LIMIT_BYTES
 from bitroute.convert.selection import ROOT_FILES, Names, select
+from bitroute.convert.variants import link_files
 from bitroute.errors import JobError, Problem, SourceError
 
 HEAD_BYTES = 2**16  # the headers of FLUX.1-dev's shards are half as long
@@ -195,20 +195,8 @@ def _plain(source: HubSource, snapshot: Path) -> Path:
     kind = f"{source.commit}-{source.variant}"
     folder = cached_assets_path("bitroute", source.repo, kind, assets_dir=constants.HF_ASSETS_CACHE)
     place = folder / source.repo.rpartition("/")[2]  # reports call a model by its folder
-    for plain, name in source.names.items():
-        link, target = place / plain, (snapshot / name).resolve()
-        if not (link.exists() and link.samefile(target)):
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            _link(target, link)
+    link_files(place, {plain: (snapshot / name).resolve() for plain, name in source.names.items()})
     return place
-
-
-def _link(target: Path, link: Path) -> None:
-    try:
-        link.symlink_to(target)
-    except OSError:  # Windows without the right to make symbolic links
-        os.link(target, link)
 
 
 def _check_room(source: HubSource, needed: int) -> None:

@@ -156,7 +156,7 @@ def _bitsandbytes(component: Component, stored: Tensors, dtype: torch.dtype) -> 
 def _quanto(component: Component, stored: Tensors, dtype: torch.dtype) -> Tensors:
     """A scale for each row of 8 bits, a scale and a shift for each group of 4 or 2."""
     kind = component.config["quantization_config"].get("weights_dtype")
-    if kind not in QUANTO_BITS:
+    if not isinstance(kind, str) or kind not in QUANTO_BITS:
         where, expected = str(component.folder / "config.json"), ", ".join(QUANTO_BITS)
         raise SourceError(Problem("weights of an unknown type", where, shown(kind), expected, ITS_OWN))
     shapes = _shapes(component) if QUANTO_BITS[kind] < 8 else {}

@@ -20,7 +20,7 @@ from bitroute.backends.base import TensorSpec
 from bitroute.convert.decoded import derive
 from bitroute.convert.document import printable, shown
 from bitroute.convert.ggml import FORMATS, PLAIN, BlockFormat, decode_blocks
-from bitroute.convert.layout import StoredTensor, check_regular, is_tensor_name
+from bitroute.convert.layout import StoredTensor, check_regular, is_shape, is_tensor_name
 from bitroute.errors import Problem, SourceError
 
 MAGIC = b"GGUF"
@@ -77,6 +77,7 @@ class _Reader:
             self.facts |= {key: value} if key.startswith((ALIGNMENT, ORIGINAL_SHAPE)) else {}
         entries = [self._entry() for _ in range(count)]
         start = self._aligned(self.stream.tell())
+        self._check_places(entries)
         found = {entry.name: self._tensor(entry, start, dtype) for entry in entries}
         if len(found) < len(entries):
             raise self._broken("two tensors of one name")
@@ -128,6 +129,8 @@ class _Reader:
         if not name or not is_tensor_name(name) or not 1 <= dimensions <= MAX_DIMENSIONS:
             raise self._broken(f"tensor {shown(name)} of {dimensions} dimensions")
         shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+        if not is_shape(shape):
+            raise self._broken(f"tensor {shown(name)} with shape {shown(list(shape))}")
         return _Entry(name, shape, self._number("I"), self._number("Q"))
 
     def _aligned(self, offset: int) -> int:
@@ -135,6 +138,16 @@ class _Reader:
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
             raise self._broken(f"an alignment of {shown(alignment)}")
         return -(-offset // alignment) * alignment
+
+    def _check_places(self, entries: list[_Entry]) -> None:
+        """A place that was changed gives the weights of another tensor; ggml allows no gap either, other tools do."""
+        end = 0
+        for entry in sorted(entries, key=lambda entry: (entry.offset, math.prod(entry.shape))):
+            blocks = FORMATS.get(entry.kind)
+            numel, dtype = math.prod(entry.shape), PLAIN.get(entry.kind, torch.uint8)
+            if entry.offset < end or entry.offset != self._aligned(entry.offset):
+                raise self._broken(f"tensor {entry.name!r} at byte {entry.offset} of the payloads, {end} was due")
+            end = entry.offset + (numel // blocks.weights * blocks.size_bytes if blocks else numel * dtype.itemsize)
 
     def _tensor(self, entry: _Entry, start: int, dtype: torch.dtype) -> StoredTensor:
         blocks = FORMATS.get(entry.kind)

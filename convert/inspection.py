@@ -18,13 +18,15 @@ from bitroute.convert.reading import read_json
 from bitroute.errors import Problem, SourceError, printable
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     """A description of a .safetensors file, a component folder or a pipeline folder; sizes in bytes.
+
+    variant: only these weights of a folder, and the plain ones of parts that have no such.
 
     Raises:
         SourceError: there is nothing there that safetensors tools could read, or a folder cannot be read.
     """
-    place = _place(str(path))
+    place = open_pipeline(str(path), variant=variant, access="cache").folder if variant else _place(str(path))
     if place.is_file():
         header = read_header(place)
         return {"file": str(place), **_contents({place: header}), "tensors": _tensors(header)}
@@ -37,7 +39,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if not components:
         raise SourceError(Problem("no safetensors file in this folder or right below it", str(path)))
     origin = read_json(place / "bitroute.json") if (place / "bitroute.json").is_file() else None
-    return {"folder": str(place), "components": components, "made_by": _origin(origin) if origin else None}
+    said = str(path if variant else place)
+    return {"folder": said, "components": components, "made_by": _origin(origin) if origin else None}
 
 
 def _place(path: str) -> Path:

@@ -6,10 +6,12 @@ Eight bytes of length, a JSON header, the payloads without gaps (github.com/hugg
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ ALIGNMENT_BYTES = 64
 MAX_DIMENSIONS = 16
 MAX_NAME_LENGTH = 500
 HEADER_LIMIT_BYTES = 16_000_000  # about 100,000 tensors; the library's 100 MB of `[],` would take 2 GB of memory
+METADATA = "__metadata__"
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
@@ -82,8 +85,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raises ValueError where a name stands twice: every reader would choose for itself which one it takes."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in content if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{shown(twice)} stands twice")
     return content
 
@@ -101,7 +103,7 @@ def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     by falling power of two, so a payload divisible by 16 starts on a multiple of 16.
     """
     order = sorted(specs, key=lambda name: -_divisor(specs[name].size_bytes))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {METADATA: dict(metadata)}
     ends = [0]
     for name in order:
         ends.append(ends[-1] + specs[name].size_bytes)
@@ -140,7 +142,7 @@ def _divisor(size_bytes: int) -> int:
 def _parse(file: Path, entries: Any, start: int, size_bytes: int) -> Header:
     if not isinstance(entries, dict):
         raise _broken(file, "a header that is not a mapping")
-    metadata = entries.pop("__metadata__", None)
+    metadata = entries.pop(METADATA, None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise _broken(file, "a __metadata__ that does not map names to text")
@@ -169,7 +171,7 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
             raise _broken(file, f"tensor {name!r} without dtype, shape and data_offsets")
     if dtype is None:
         raise _broken(file, f"tensor {name!r} of dtype {shown(code)}", expected=", ".join(DTYPES))
-    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+    if not (is_shape(shape) and is_shape([begin]) and is_shape([end])):
         raise _broken(file, f"tensor {name!r} with shape {shown(shape)} and offsets {shown([begin, end])}")
     spec = TensorSpec(tuple(shape), dtype)
     if end - begin != spec.size_bytes:
@@ -177,8 +179,14 @@ def _entry(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
     return StoredTensor(name, spec, file, start + begin)
 
 
+def is_shape(shape: Sequence[object]) -> bool:
+    """Whether torch can make a tensor of it; also of one that is empty it multiplies the other sizes."""
+    sizes = [n for n in shape if type(n) is int and 0 <= n < 2**63]
+    return len(sizes) == len(shape) <= MAX_DIMENSIONS and math.prod(max(n, 1) for n in sizes) < 2**63
+
+
 def is_tensor_name(name: str) -> bool:
-    return name.isprintable() and len(name) <= MAX_NAME_LENGTH
+    return name.isprintable() and len(name) <= MAX_NAME_LENGTH and name != METADATA
 
 
 def _broken(file: Path, got: str, expected: str = "") -> SourceError:

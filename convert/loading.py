@@ -37,7 +37,9 @@ def _load(request: dict[str, Any]) -> dict[str, Any]:
         lift_gpu_check()
     library = diffusers if request["library"] == "diffusers" else transformers
     model_class = getattr(library, request["class"])
-    model, info = model_class.from_pretrained(request["folder"], dtype=torch.bfloat16, output_loading_info=True)
+    variant = {"variant": request["variant"]} if request["variant"] else {}
+    choices = {"dtype": torch.bfloat16, "output_loading_info": True, **variant}
+    model, info = model_class.from_pretrained(request["folder"], **choices)
     answer: dict[str, Any] = {
         key: sorted(str(name) for name in info.get(key, ()))
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bitroute.backends.load import Rename
 from bitroute.convert.architecture import build_model
 from bitroute.convert.checkpoint import Component, Pipeline
-from bitroute.convert.document import shown
+from bitroute.convert.document import printable, shown
 from bitroute.convert.files import sha256
 from bitroute.convert.layout import DerivedTensor, StoredTensor, read_header
 from bitroute.errors import Problem, SourceError
@@ -28,6 +28,7 @@ from bitroute.errors import Problem, SourceError
 __all__ = ["Lora", "LoraFile", "with_loras"]
 
 ADAPTER = "bitroute"
+MAX_TENSORS = 20_000  # the largest have a fifth; the loaders' time grows with their square
 LIMIT_BYTES = 4 * 10**9  # a LoRA is held in memory; larger ones are whole models
 SECOND = "transformer_2"  # diffusers loads there only when it is asked to
 
@@ -111,6 +112,8 @@ def _check_file(lora: LoraFile) -> None:
     size_bytes = sum(tensor.spec.size_bytes for tensor in header.tensors.values())
     if size_bytes > LIMIT_BYTES:
         raise lora.problem("is too large", got=f"{size_bytes / 1e9:.1f} GB", expected=f"at most {LIMIT_BYTES / 1e9} GB")
+    if len(header.tensors) > MAX_TENSORS:
+        raise lora.problem("has too many tensors", got=f"{len(header.tensors)}", expected=f"at most {MAX_TENSORS}")
     unable = [name for name in header.tensors if "dora_scale" in name or "lora_magnitude_vector" in name]
     if unable:
         raise lora.problem(
@@ -139,6 +142,7 @@ def _load(pipeline: Pipeline, lora: LoraFile) -> dict[str, nn.Module]:
             parts = inspect.signature(pipeline_class.__init__).parameters
             pipe = pipeline_class(**{name: models.get(name) for name in parts if name != "self"})
             warned.clear()
+            given = _what_it_reads(pipe)
             pipe.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, adapter_name=ADAPTER, **choice)
         except ImportError as error:
             raise lora.problem("needs peft to be read", next_step="pip install peft") from error
@@ -147,7 +151,39 @@ def _load(pipeline: Pipeline, lora: LoraFile) -> dict[str, nn.Module]:
     unused = [line for line in warned if "No LoRA keys" not in line]
     if unused:
         raise lora.problem("does not fit the pipeline", got=unused[0][:500], expected="layers that the model has")
+    dropped = [name for name, tensor in given.items() if not _is_taken(name, tensor, given, models)]
+    if dropped:
+        raise lora.problem(
+            "holds what diffusers would leave out", got=printable(", ".join(dropped[:5])[:500]),
+            expected=f"updates of layers of {', '.join(models)}, with the alpha that their rank says",
+            next_step="take these tensors out of the file to fuse the rest",
+        )  # fmt: skip
     return models
+
+
+def _what_it_reads(pipe: Any) -> dict[str, Tensor]:
+    """Filled when the pipeline reads a file: its tensors under the names that diffusers gives them."""
+    given: dict[str, Tensor] = {}
+    read = pipe.lora_state_dict
+
+    def remember(*args: Any, **options: Any) -> Any:
+        found = read(*args, **options)
+        given.update(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    pipe.lora_state_dict = remember
+    return given
+
+
+def _is_taken(name: str, tensor: Tensor, given: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> bool:
+    """diffusers passes over what belongs to no model, what is no LoRA, and an alpha that it has not read by now."""
+    if name.partition(".")[0] not in models:
+        return False
+    layer = name.removesuffix(".alpha")
+    if layer == name:
+        return "lora" in name or "lokr_" in name
+    down = given.get(f"{layer}.lora_A.weight", given.get(f"{layer}.lora.down.weight"))
+    return down is not None and tensor.numel() == 1 and tensor.item() == len(down)
 
 
 def _hollow(component: Component) -> nn.Module:
@@ -170,14 +206,14 @@ def _warnings() -> Any:
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    handler, logger = Keep(logging.WARNING), logging.getLogger("diffusers")
-    level = logger.level
-    logger.addHandler(handler)
+    logger = logging.getLogger("diffusers")
+    level, handlers = logger.level, logger.handlers
+    logger.handlers = [Keep(logging.WARNING)]
     logger.setLevel(logging.WARNING)
     try:
         yield lines
     finally:
-        logger.removeHandler(handler)
+        logger.handlers = handlers
         logger.setLevel(level)
 
 
@@ -194,6 +230,8 @@ def _layers(model: nn.Module, lora: LoraFile) -> dict[str, Any]:
             raise lora.problem("lacks a part", got=f"half of the update of layer {name!r}")
         for part in parts:
             part.data = part.data.float()
+        if not all(part.isfinite().all() for part in (*parts, *_scalings(module))):
+            raise lora.problem("is not finite", got=f"NaN, infinity or no number in the update of layer {name!r}")
         found[name] = module
     return found
 
@@ -201,6 +239,13 @@ def _layers(model: nn.Module, lora: LoraFile) -> dict[str, Any]:
 def _parameters(holder: Any) -> Iterable[Tensor]:
     for part in holder.values() if hasattr(holder, "values") else ():
         yield from [part] if isinstance(part, Tensor) else part.parameters()
+
+
+def _scalings(module: Any) -> Iterable[Tensor]:
+    """alpha / rank; what is no number counts as NaN."""
+    for scaling in module.scaling.values():
+        tensor = torch.as_tensor(scaling, dtype=torch.float64)
+        yield tensor if tensor.numel() == 1 else torch.tensor(torch.nan)
 
 
 def _moves(module: Any) -> bool:

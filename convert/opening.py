@@ -13,8 +13,9 @@ from bitroute.errors import Problem, RecipeError, SourceError
 
 
 def open_model(
-    file: RecipeFile, recipe: Recipe, model: str | None, allow_pickle: bool, dequantize: Dequantize, config: str | None
-) -> Pipeline:
+    file: RecipeFile, recipe: Recipe, model: str | None, allow_pickle: bool, dequantize: Dequantize,
+    config: str | None, variant: str | None = None,
+) -> Pipeline:  # fmt: skip
     """The pipeline that `model`, or else the recipe, names, with the recipe's LoRAs; an outline where it is on the Hub.
 
     Raises:
@@ -26,7 +27,7 @@ def open_model(
         raise RecipeError([*file.problems, missing])
     own = chosen == recipe.model  # another model has other revisions
     try:
-        revision, variant = (recipe.revision, recipe.variant) if own else (None, None)
+        revision, variant = (recipe.revision, variant or recipe.variant) if own else (None, variant)
         read_as = dequantize or recipe.dequantize
         beside = config or (recipe.config if own or os.path.isfile(chosen) else None)
         pipeline = open_pipeline(

@@ -147,6 +147,8 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _place_problem(plan: Plan, out: Path, names: Sequence[str]) -> Problem | None:
     source, place = plan.pipeline.folder.resolve(), out.resolve()
+    if plan.pipeline.variant:  # that is a folder of links
+        source = Path(plan.pipeline.name).expanduser().resolve()
     if place == source or source in place.parents:
         return Problem("the output folder lies in the source model", str(out), next_step="give another --out")
     single = [Path(plan.pipeline.name).expanduser().resolve()] if plan.pipeline.config else []

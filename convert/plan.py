@@ -44,6 +44,7 @@ class ComponentPlan:
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
     shard_bytes: int | None = None  # SHARD_BYTES by default
+    variant: str | None = None  # in the names of the files to write
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ class ComponentPlan:
 
     @property
     def shard_names(self) -> list[str]:
-        return shard_names(self.component.stem, len(self.shards))
+        return shard_names(self.component.stem, len(self.shards), self.variant)
 
     def specs(self, entries: Sequence[Entry]) -> dict[str, TensorSpec]:
         """Stored tensor name → what the file holds under it."""
@@ -100,6 +101,10 @@ class Plan:
     @property
     def size_bytes(self) -> int:
         return sum(c.size_bytes for c in self.components) + sum(self.copied.values())
+
+    @property
+    def variant(self) -> str | None:
+        return next((component.variant for component in self.components), None)
 
     @property
     def packages(self) -> list[str]:
@@ -134,13 +139,14 @@ class Plan:
 def plan(
     recipe: str, model: str | None = None, *,
     allow_pickle: bool = False, dequantize: Dequantize = False, config: str | None = None,
-    shard_bytes: int | None = None,
+    shard_bytes: int | None = None, variant: str | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for a recipe (a file or a built-in name) and a model (folder, Hub id, or the recipe's own).
 
     Of a model on the Hub, what is not in the cache is outlined: `fetch` downloads it before a job.
     allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
     config: the pipeline that a single file belongs to. shard_bytes: at most in one file, instead of the recipe's.
+    variant: of the weights that are read, such as fp16, instead of the recipe's.
 
     Raises:
         RecipeError, SourceError: everything that is wrong with the recipe, the model and their match, at once.
@@ -150,7 +156,7 @@ def plan(
         raise RecipeError(file.problems)
     said = file.recipe.model_copy(update={"shard_size": shard_bytes}) if shard_bytes else file.recipe
     file = replace(file, recipe=said)
-    return plan_pipeline(file, open_model(file, said, model, allow_pickle, dequantize, config))
+    return plan_pipeline(file, open_model(file, said, model, allow_pickle, dequantize, config, variant))
 
 
 def fetch(planned: Plan, progress: Callable[[int, str], None] | None = None) -> Plan:
@@ -167,7 +173,12 @@ def fetch(planned: Plan, progress: Callable[[int, str], None] | None = None) -> 
     from bitroute.convert.download import download
 
     folder = download(pipeline.hub, progress)
-    return plan_pipeline(planned.recipe, replace(pipeline, folder=folder, is_outline=False))
+    return named(plan_pipeline(planned.recipe, replace(pipeline, folder=folder, is_outline=False)), planned.variant)
+
+
+def named(planned: Plan, variant: str | None) -> Plan:
+    """The same plan with the variant in the names of the files to write."""
+    return replace(planned, components=tuple(replace(component, variant=variant) for component in planned.components))
 
 
 def plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:

@@ -218,8 +218,8 @@ class Recipe(_Strict):
         None,
         min_length=1,
         max_length=MAX_TEXT,
-        description="The weights of that model on the Hub to read, such as `fp16` for `model.fp16.safetensors`; "
-        "parts without them give their plain ones. The result has plain names.",
+        description="The weights of that model to read, such as `fp16` for `model.fp16.safetensors`; "
+        "parts without them give their plain ones. The result has plain names. `--variant` overrides it.",
     )
     config: str | None = Field(
         None,

@@ -92,7 +92,8 @@ class Advice:
 
 
 def recommend(
-    model: str, vram_gib: float, reserve_gib: float | None = None, *, allow_pickle: bool = False
+    model: str, vram_gib: float, reserve_gib: float | None = None, *,
+    allow_pickle: bool = False, variant: str | None = None,
 ) -> Advice:  # fmt: skip
     """What to run on a card with so much memory; plans every recipe of the model's family, reads no weight.
 
@@ -101,7 +102,7 @@ def recommend(
     Raises:
         SourceError: the model cannot be opened. RecipeError: there is nothing to quantize in it, or no room at all.
     """
-    pipeline = open_pipeline(model, access="outline", allow_pickle=allow_pickle)
+    pipeline = open_pipeline(model, variant=variant, access="outline", allow_pickle=allow_pickle)
     if pipeline.bare:
         raise RecipeError(_no_pipeline(pipeline))
     denoisers = [pipeline.components[name] for name in DENOISERS if name in pipeline.components]

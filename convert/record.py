@@ -15,6 +15,7 @@ from bitroute.convert.lora import LoraFile
 from bitroute.convert.reading import read_json
 from bitroute.convert.recipe import Dequantize
 from bitroute.convert.seal import check_seal
+from bitroute.convert.shards import VARIANT
 from bitroute.errors import Problem, SourceError
 
 
@@ -60,7 +61,8 @@ class RecordedComponent:
         if bare and not (name.isidentifier() and str(content["class"]).isidentifier()):
             raise ValueError(f"class {content['class']!r}")  # both stand in the code that loads it
         place = folder if bare else folder / name
-        component = Component(name, content["library"], str(content["class"]), place, bare=bare)
+        variant = _word(content.get("variant"))
+        component = Component(name, content["library"], str(content["class"]), place, bare=bare, variant=variant)
         entries = [RecordedEntry.parse(entry) for entry in content["entries"]]
         return cls(component, content["container"], int(content["size_bytes"]), entries)
 
@@ -130,6 +132,13 @@ def read_record(folder: Path) -> Record:
                 got=f"{type(error).__name__}: {error}", next_step="the file was changed: convert again",
             )
         ) from error  # fmt: skip
+
+
+def _word(variant: object) -> str | None:
+    """A variant stands in file names and in the code that loads it."""
+    if variant is not None and not VARIANT.fullmatch(str(variant)):
+        raise ValueError(f"variant {variant!r}")
+    return None if variant is None else str(variant)
 
 
 def _content(folder: Path) -> dict[str, Any]:

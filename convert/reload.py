@@ -47,6 +47,7 @@ def _run_loading(recorded: RecordedComponent, lift_gpu_check: bool) -> dict[str,
     probe = profile.probe(component.config) if profile else {}
     request = {
         "folder": str(component.folder), "library": component.library, "class": component.class_name,
+        "variant": component.variant,
         "needs_bitroute": recorded.container == "bitroute", "lift_gpu_check": lift_gpu_check,
         "probe": {name: asdict(given) for name, given in probe.items()},
     }  # fmt: skip

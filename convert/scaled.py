@@ -49,7 +49,7 @@ def decode_scaled(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> dic
     Raises:
         SourceError: an unknown format, or scales that do not fit their codes.
     """
-    said = _formats(stored)
+    said, unknown = _formats(stored), _unknown_scales(stored)
     found = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] != MARK}
     problems: list[Problem] = []
     for name in [name for name in found if name.endswith(".weight") and _is_code(found[name])]:
@@ -61,16 +61,33 @@ def decode_scaled(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> dic
             continue
         for key in (*UNREAD, *sum(SCALES.values(), ())):
             found.pop(layer + key, None)
+        if kind == "float8" and len(parts) == 1:
+            continue  # a bare cast, unless there is a scale that nothing explains
         try:
             found[name] = _weight(name, kind, parts, options, dtype)
         except ValueError as error:
             problems.append(_bad_weight(parts["codes"], str(error)))
+    for name in [name for name, tensor in found.items() if tensor.spec.dtype in FLOAT8]:
+        if scale := unknown.get(name.rpartition(".")[0]):
+            problems.append(_bad_weight(found[name], f"a scale {scale!r} whose meaning is not known"))
     raise_all(problems)
     return {name: _cast(tensor, dtype) if tensor.spec.dtype in FLOAT8 else tensor for name, tensor in found.items()}
 
 
 def _is_code(tensor: StoredTensor) -> bool:
     return tensor.spec.dtype in (*FLOAT8, torch.int8, torch.uint8) and bool(tensor.spec.shape)
+
+
+def _unknown_scales(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Layer → a scale beside its weight that no format here has, such as DeepSeek's of blocks: no bare FP8 cast."""
+    known = (*UNREAD, *sum(SCALES.values(), ()))
+    found = {}
+    for name, tensor in stored.items():
+        layer, _, leaf = name.rpartition(".")
+        is_scale = "scale" in leaf and "shift" not in leaf and f".{leaf}" not in known
+        if is_scale and tensor.spec.dtype not in FLOAT8:
+            found |= {layer: name, layer.removesuffix(".weight"): name}
+    return found
 
 
 def _cast(tensor: StoredTensor, dtype: torch.dtype) -> StoredTensor:
@@ -133,10 +150,14 @@ def _mapping(text: bytes, file: Path, name: str) -> dict[str, Any]:
 def _simple(specs: Specs, options: Mapping[str, Any]) -> tuple[tuple[int, ...], Decode]:
     """A scale for the tensor or for each row; rotated back where the weight was rotated before."""
     shape = specs["codes"].shape
-    scales = specs["scale"].numel if "scale" in specs else 1
+    scale = specs.get("scale", TensorSpec((), torch.float32))
     group = options.get("convrot_groupsize", 256) if options.get("convrot") else 0
-    if specs["codes"].dtype == torch.uint8 or scales not in (1, shape[0]) or "tensor_scale" in specs:
-        raise ValueError(f"{specs['codes'].dtype} codes of shape {list(shape)} with {scales} scales")
+    of_rows = scale.shape[:1] == shape[:1] and scale.numel == shape[0]
+    if specs["codes"].dtype == torch.uint8 or "tensor_scale" in specs or not (scale.numel == 1 or of_rows):
+        found = f"{scale.numel} scales {list(scale.shape)}"
+        raise ValueError(f"{specs['codes'].dtype} codes of shape {list(shape)} with {found}")
+    if not scale.dtype.is_floating_point:
+        raise ValueError(f"scales of {scale.dtype}")
     if group and (group not in (4, 16, 64, 256, 1024) or len(shape) != 2 or shape[1] % group):
         raise ValueError(f"a rotation of {shown(group)} columns of {list(shape)}")
 

@@ -6,11 +6,11 @@ Names of weights as diffusers 0.42 knows them (pipelines/pipeline_loading_utils.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bitroute.convert.bare import CONFIG, BareIndex, goes_along
-from bitroute.convert.copies import BESIDE, WEIGHTS
+from bitroute.convert.copies import BESIDE, WEIGHTS, is_index
 from bitroute.errors import Problem, SourceError
 
 OTHER_WEIGHTS = (*WEIGHTS, ".onnx_data", ".pb", ".gguf", ".pth", ".tflite", ".flashpack")
@@ -81,16 +81,35 @@ def _weights(place: str, inside: Iterable[str]) -> dict[str | None, Names]:
 
 
 def _is_weight(name: str) -> bool:
-    return name.endswith(OTHER_WEIGHTS) or (name.endswith(".json") and ".index." in name)
+    return name.endswith(OTHER_WEIGHTS) or is_index(name)
 
 
 def _is_beside(name: str) -> bool:
     return "/" not in name and name.upper().startswith(BESIDE)
 
 
+def variants_of(names: Iterable[str]) -> list[str]:
+    """Of the weights among the files of one folder."""
+    return sorted(variant for variant in _weights("", names) if variant)
+
+
+def other_variants(names: Iterable[str]) -> set[str]:
+    """The weights of one folder that no loader reads unless it is told their variant, where there are plain ones."""
+    found = _weights("", names)
+    plain = found.pop(None, {}).values()
+    if all(is_index(name) for name in plain):  # none, or that of shards which still carry their variant
+        return set()
+    return {name for others in found.values() for name in others.values()}
+
+
+def choose_variant(variants: Sequence[str]) -> str:
+    """What to do where there are these only."""
+    return f"say `variant: {variants[0]}` in the recipe, or give --variant {variants[0]}"
+
+
 def _no_variant(where: str, variant: str | None, there: Iterable[str | None]) -> Problem:
     others = sorted(name for name in there if name)
     got = ", ".join([*(["plain weights"] if None in set(there) else []), *others])
     what = f"no weights of the variant {variant!r}" if variant else "no weights under plain names"
-    mend = f"say `variant: {others[0]}` in the recipe" if others else "leave `variant:` out"
+    mend = choose_variant(others) if others else "leave `variant:` or --variant out"
     return Problem(what, where, got=f"only {got}", next_step=mend)

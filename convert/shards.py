@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SMALLEST_BYTES = 10**6  # less would make a file of every layer
 SIZES = "a size such as 2GB or 500MB, at least 1MB"
+VARIANT = re.compile(r"(?!safetensors|bin|json|index)[A-Za-z][A-Za-z0-9_]{0,39}")  # a word in the names of weights
 
 
 def cut(entries: Sequence[Entry], limit_bytes: int) -> list[list[Entry]]:
@@ -30,10 +31,20 @@ def cut(entries: Sequence[Entry], limit_bytes: int) -> list[list[Entry]]:
     return shards
 
 
-def shard_names(stem: str, count: int) -> list[str]:
+def weight_name(stem: str, variant: str | None = None, suffix: str = "safetensors") -> str:
+    return ".".join(part for part in (stem, variant, suffix) if part)
+
+
+def index_name(stem: str, variant: str | None = None, suffix: str = "safetensors") -> str:
+    """As `_add_variant` of diffusers 0.42 and transformers 5.23 names it: model.safetensors.index.fp16.json."""
+    return weight_name(f"{stem}.{suffix}.index", variant, "json")
+
+
+def shard_names(stem: str, count: int, variant: str | None = None) -> list[str]:
     if count == 1:
-        return [f"{stem}.safetensors"]
-    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return [weight_name(stem, variant)]
+    base = f"{stem}.{variant}" if variant else stem
+    return [f"{base}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def parse_size(text: str) -> int | None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import psutil
 import torch
 
 from bitroute.convert.checkpoint import Component
-from bitroute.convert.plan import LOADING_BYTES
+from bitroute.convert.plan import LOADING_BYTES, ComponentPlan, Plan
+from bitroute.convert.recipe import Dequantize
 from bitroute.convert.record import Record
 from bitroute.errors import Problem
 
@@ -22,13 +24,13 @@ CODE = """\
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({place}, dtype=torch.bfloat16)
+pipe = DiffusionPipeline.from_pretrained({place}, dtype=torch.{dtype})
 """
 OF_A_COMPONENT = """\
 import torch
 from {library} import {class_name}
 
-{name} = {class_name}.from_pretrained({place}, dtype=torch.bfloat16)
+{name} = {class_name}.from_pretrained({place}, dtype=torch.{dtype})
 """
 
 
@@ -42,17 +44,66 @@ class Trial:
 
 
 def loading_code(
-    place: str, needs_bitroute: bool, revision: str | None = None, bare: Component | None = None
+    place: str, needs_bitroute: bool, revision: str | None = None, bare: Component | None = None, *,
+    variant: str | None = None, dtype: str = "bfloat16",
 ) -> str:  # fmt: skip
     """place: a folder, or a repository on the Hub; revision: its branch, where it is not the default one.
 
-    bare: the component that the checkpoint is, where it is no pipeline.
+    bare: the component that the checkpoint is, where it is no pipeline. variant: in the names of its weights.
     """
-    said = [place, *([revision] if revision else [])]
-    words = [json.dumps(word, ensure_ascii=False) for word in said]  # a JSON string is a Python string too
+    said = {"revision": revision, "variant": variant}
+    words = [quoted(place), *(f"{key}={quoted(word)}" for key, word in said.items() if word)]
     names = {"library": bare.library, "class_name": bare.class_name, "name": bare.name} if bare else {}
-    lines = (OF_A_COMPONENT if bare else CODE).format(place=", revision=".join(words), **names)
+    lines = (OF_A_COMPONENT if bare else CODE).format(place=", ".join(words), dtype=dtype, **names)
     return (IMPORT if needs_bitroute else "") + lines
+
+
+def quoted(word: str) -> str:
+    return json.dumps(word, ensure_ascii=False)  # a JSON string is a Python string too
+
+
+def recorded_code(record: Record, place: str, revision: str | None = None) -> str:
+    """The lines for a finished checkpoint."""
+    variant = next((recorded.component.variant for recorded in record.components), None)
+    dtype = loading_dtype(record.dequantize, (recorded.container for recorded in record.components))
+    return loading_code(place, needs_bitroute(record), revision, record.bare, variant=variant, dtype=dtype)
+
+
+def code_by_file(plan: Plan, out: Path) -> dict[str, str]:
+    """Weight file → the lines that load it alone, of a plan that puts each component in one."""
+    dtype = loading_dtype(plan.pipeline.dequantize, (component.container.name for component in plan.components))
+    return {
+        str(out / planned.component.place / name): _code_of_a_file(planned, out, name, dtype)
+        for planned in plan.components
+        for name in planned.shard_names
+    }
+
+
+def _code_of_a_file(planned: ComponentPlan, out: Path, file: str, dtype: str) -> str:
+    component = planned.component
+    by_file = component.library == "diffusers" and _loads_files(component.class_name)
+    path = quoted(str(out / component.place / file))
+    words = [f"{path}, config={quoted(str(out))}" if by_file else quoted(str(out))]
+    words += [] if component.bare else [f"subfolder={quoted(component.name)}"]
+    words += [f"variant={quoted(planned.variant)}"] if planned.variant and not by_file else []
+    load = f"{component.class_name}.{'from_single_file' if by_file else 'from_pretrained'}"
+    imports = f"import torch\nfrom {component.library} import {component.class_name}"
+    name = component.name if component.name.isidentifier() else "model"
+    return f"{imports}\n\n{name} = {load}({', '.join(words)}, dtype=torch.{dtype})\n"
+
+
+def _loads_files(class_name: str) -> bool:
+    """Whether this class of diffusers has a `from_single_file` that knows it."""
+    import diffusers
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    found = getattr(diffusers, class_name)
+    return any(issubclass(found, getattr(diffusers, name)) for name in SINGLE_FILE_LOADABLE_CLASSES)
+
+
+def loading_dtype(read_as: Dequantize, containers: Iterable[str]) -> str:
+    """What the job made all floats, where it quantized nothing; else what layers compute in."""
+    return read_as if isinstance(read_as, str) and {*containers} == {"plain"} else "bfloat16"
 
 
 def needs_bitroute(record: Record) -> bool:
@@ -66,7 +117,7 @@ def try_loading(folder: Path, record: Record) -> Trial:
     if needed > available:
         return Trial(False, f"it needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} were free")
     lifted = any(c.container == "bitsandbytes" for c in record.components) and not torch.cuda.is_available()
-    code = loading_code(str(folder.resolve()), needs_bitroute(record), bare=record.bare)
+    code = recorded_code(record, str(folder.resolve()))
     done = subprocess.run(
         [sys.executable, "-P", "-c", (_lifting() if lifted else "") + code],
         capture_output=True, text=True, errors="replace", check=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,13 +77,17 @@ def run_with_bar(what: str, planned: Plan, out: Path, overwrite: bool, resume: b
         run(planned, out, overwrite=overwrite, resume=resume, progress=bar.advance)
 
 
-def conclude(planned: Plan, out: Path, no_verify: bool, as_json: bool) -> int:
-    """Prints what was written and whether it is as planned; the exit code."""
+def conclude(planned: Plan, out: Path, no_verify: bool, as_json: bool, *, each_file: bool = False) -> int:
+    """Prints what was written, how it loads (each file alone too), and whether it is as planned; the exit code."""
+    from bitroute.convert.snippet import code_by_file
     from bitroute.convert.table import result_text, verification_json, verification_text
 
     found = None if no_verify else run_verification(out, planned.pipeline, load=True)
     content: dict[str, Any] = {"out": str(out), "size_bytes": planned.size_bytes}
     content["verification"] = verification_json(found) if found else None
     words = [*([verification_text(found)] if found else []), result_text(planned, out)]
+    if each_file:
+        content["load_files"] = code_by_file(planned, out)
+        words += [f"to load {file} alone:\n{indent(code, '    ')}" for file, code in content["load_files"].items()]
     show(content, as_json, "\n".join(words))
     return 1 if found and found.problems else 0

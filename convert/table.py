@@ -17,7 +17,7 @@ from bitroute.convert.describe import label
 from bitroute.convert.entry import Entry
 from bitroute.convert.fold import Fold, fold_by
 from bitroute.convert.plan import ComponentPlan, Plan
-from bitroute.convert.snippet import loading_code
+from bitroute.convert.snippet import loading_code, loading_dtype
 from bitroute.convert.verify import Verification
 
 REST = "norms, embeddings, biases"
@@ -117,7 +117,8 @@ def result_text(plan: Plan, out: Path) -> str:
     """What was written, and the lines that load it."""
     needs_import = any(component.container.name == "bitroute" for component in plan.components)
     bare = plan.components[0].component if plan.pipeline.bare else None
-    snippet = loading_code(str(out), needs_import, bare=bare).splitlines()
+    dtype = loading_dtype(plan.pipeline.dequantize, (component.container.name for component in plan.components))
+    snippet = loading_code(str(out), needs_import, bare=bare, variant=plan.variant, dtype=dtype).splitlines()
     wrote = f"wrote {out}: {size(plan.source_bytes)} → {size(plan.size_bytes)}"
     needs = f"pip install {' '.join(plan.packages)}"
     return "\n".join([wrote, f"to load it: {needs}", *plan.devices, *(f"    {line}" for line in snippet)])

@@ -180,7 +180,8 @@ def evaluate_result(planned: Plan, folder: Path, sampling: Sampling) -> Result:
     from bitroute.eval.evaluate import evaluate
 
     report = folder.with_name(f"{folder.name}-report")
-    original = str(planned.pipeline.folder) if planned.pipeline.hub else planned.pipeline.name  # pinned, no request
+    opened = planned.pipeline
+    original = str(opened.folder) if opened.hub or opened.variant else opened.name  # pinned, no request
     return _evaluate(original, [str(folder)], sampling, None, report, evaluate)
 
 

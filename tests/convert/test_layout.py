@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_a_header_reads_back_with_offsets_and_metadata(tmp_path: Path) -> None:
         changed("layer.bias", shape=[5]),  # lies about its size
         changed("layer.bias", shape=[-4]),
         changed("layer.bias", shape=[True, 4]),
+        changed("layer.bias", shape=[0, 2**62, 2**62], data_offsets=[64, 64]),  # torch multiplies the others
         changed("layer.bias", shape=[4.0]),
         changed("layer.bias", shape=["4"]),
         changed("layer.bias", shape=4),
@@ -110,6 +112,15 @@ def test_a_broken_entry_is_refused_with_its_file_and_its_tensor(tmp_path: Path, 
         read_header(file)
     assert str(file) in str(refused.value)
     assert "layer.bias" in str(refused.value) or "not plain JSON" in str(refused.value)
+
+
+def test_a_name_that_stands_twice_is_found_among_many_in_no_time(tmp_path: Path) -> None:
+    many = "".join(f'"{number}":0,' for number in range(200_000))
+    file = written(tmp_path, f'{{{many}"199999":0}}'.encode())
+    started = time.perf_counter()
+    with pytest.raises(SourceError, match="'199999' stands twice"):
+        read_header(file)
+    assert time.perf_counter() - started < 10
 
 
 @pytest.mark.parametrize(

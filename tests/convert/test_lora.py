@@ -175,6 +175,13 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     "half": (lambda s: {n: t for n, t in s.items() if "0.attn.to_k.lora_A" not in n}, "led to missing keys"),
     "another width": (lambda s: {n: t[..., :8] if "lora_A" in n else t for n, t in s.items()}, "cannot be read"),
     "DoRA": (lambda s: {**s, "transformer.x.lora_magnitude_vector": torch.ones(4)}, "is a DoRA"),
+    "NaN": (lambda s: {n: t * float("nan") if "0.attn.to_k" in n else t for n, t in s.items()}, "is not finite"),
+    "infinite": (lambda s: {n: t * float("inf") if "lora_B" in n else t for n, t in s.items()}, "is not finite"),
+    "another component": (
+        lambda s: {**s, "text_encoder_2.encoder.q.lora_A.weight": torch.ones(4, 4)}, "what diffusers would leave out",
+    ),
+    "a difference": (lambda s: {**s, "transformer.proj_out.diff_b": torch.ones(4)}, "what diffusers would leave out"),
+    "too many": (lambda s: {f"{n}.lora_A.weight": torch.ones(1) for n in range(20_001)}, "too many tensors"),
     "empty": (lambda s: {}, "cannot be read|has no layer"),
 }
 

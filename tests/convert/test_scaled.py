@@ -149,6 +149,11 @@ def test_mxfp8_in_tiles(decode: Callable[..., Tensors], weight: torch.Tensor) ->
         ({"a.comfy_quant": comfy("mxfp8"), "a.weight_scale": torch.ones(3)}, "expected 2048"),
         ({"a.comfy_quant": comfy("int8_tensorwise", convrot=True, convrot_groupsize=7)}, "a rotation of 7 columns"),
         ({"a.weight_scale": torch.ones(7)}, "with 7 scales"),
+        ({"a.weight_scale": torch.ones(1, 160)}, r"with 160 scales \[1, 160\]"),  # of columns, were it square
+        ({"a.weight_scale": torch.ones(160, dtype=torch.int32)}, "scales of torch.int32"),
+        ({"a.weight_scale_inv": torch.ones(2, 2)}, r"a scale 'a\.weight_scale_inv' whose meaning is not known"),
+        ({"a.weight.scale": torch.ones(2, 2)}, r"a scale 'a\.weight\.scale' whose meaning is not known"),
+        ({"b._data": SCALE.to(E4M3), "b._scale": SCALE}, r"'b\._data' cannot be decoded"),
         ({"a.comfy_quant": torch.tensor([123], dtype=torch.uint8)}, "is not JSON"),
         ({"a.comfy_quant": torch.tensor([91, 93], dtype=torch.uint8)}, "is not a JSON mapping"),
     ],
