@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bitroute.errors import Problem, RecipeError, did_you_mean
+
 if TYPE_CHECKING:
     from bitroute.convert.checkpoint import Pipeline
     from bitroute.convert.plan import Plan
@@ -30,12 +32,18 @@ def recipes() -> None:
 
 
 @recipes.command("list")
+@click.argument("family", required=False)
 @JSON
-def recipes_list(as_json: bool) -> None:
-    """The built-in recipes."""
-    from bitroute.convert.recipe import builtin_recipes, read_recipe
+def recipes_list(family: str | None, as_json: bool) -> None:
+    """The built-in recipes by family; with FAMILY, those of one (flux, wan22, …)."""
+    from bitroute.convert.recipe import builtin_recipes, family_of, read_recipe
 
-    found = {name: read_recipe(str(path)).recipe for name, path in builtin_recipes().items()}
+    names = builtin_recipes()
+    if family is not None and family not in {family_of(name) for name in names}:
+        near = did_you_mean(family, sorted({family_of(name) for name in names}))
+        raise RecipeError(Problem(f"no family {family!r} of built-in recipes", next_step=near or "leave it out"))
+    wanted = {name: path for name, path in names.items() if family in (None, family_of(name))}
+    found = {name: read_recipe(str(path)).recipe for name, path in wanted.items()}
     rows = {name: recipe.description for name, recipe in found.items() if recipe}
     show(rows, as_json, _grouped({name: recipe for name, recipe in found.items() if recipe}))
 
@@ -222,7 +230,6 @@ def push_target(planned: Plan, repo: str, accept_license: bool) -> Target:
     from bitroute.convert.push import check_push
     from bitroute.convert.recipe import PushRecipe
     from bitroute.convert.upload import Target
-    from bitroute.errors import Problem, RecipeError
 
     recipe = planned.recipe.recipe
     said = (recipe.push if recipe else None) or (PushRecipe.model_validate({"repo": repo}) if repo else None)

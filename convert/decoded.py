@@ -156,4 +156,7 @@ def _entry(entry: RecordedEntry, stored: Mapping[str, StoredTensor], dtype: torc
     parts = {suffix: stored[name] for suffix, (name, _) in entry.tensors.items()}
     if not entry.quantized:
         return replace(parts["weight"], name=entry.name)
-    return derive(entry.name, parts, entry.weight.shape, dtype, lambda found: entry.backend.decode(found, entry.weight))
+    return derive(
+        entry.name, parts, entry.source_shape, dtype,
+        lambda found: entry.backend.decode(found, entry.weight).reshape(entry.source_shape),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bitroute.backends import create
 from bitroute.convert.checkpoint import Pipeline, folder_name, open_pipeline
-from bitroute.convert.decoded import is_quantized
+from bitroute.convert.decoded import is_quantized, undecodable
 from bitroute.convert.document import parse
 from bitroute.convert.files import make_folder
 from bitroute.convert.foreign import read_file
@@ -120,6 +120,8 @@ def write_file(
 def _write(writer: ShardWriter, tensor: StoredTensor, name: str, report: Progress) -> None:
     for rows in read_blocks(tensor, create("keep").block_bounds(tensor.spec.rows)):
         check_stop()
+        if isinstance(tensor, DerivedTensor) and not rows.isfinite().all():
+            raise SourceError(undecodable(tensor, name, "NaN or infinite values", "finite weights"))
         writer.append(name, rows)
         report(rows.numel() * rows.dtype.itemsize, name)
 

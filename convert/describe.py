@@ -127,6 +127,7 @@ def _entry(plan: ComponentPlan, entry: Entry) -> dict[str, Any]:
         "backend": entry.backend.name,
         "options": entry.backend.options,
         "shape": list(entry.weight.shape),
+        **({"source_shape": list(entry.source.spec.shape)} if len(entry.source.spec.shape) > 2 else {}),
         "dtype": CODES[entry.weight.dtype],
         "bits_per_weight": round(entry.bits_per_weight, 4),
         "tensors": {

@@ -161,9 +161,9 @@ def _problem(repo: str, revision: str | None, error: BaseException) -> Problem:
         mend = "set HF_HOME to a folder that you may write"
         return Problem("the download cache cannot be written", constants.HF_HUB_CACHE, str(error), next_step=mend)
     return Problem(
-        "the Hub cannot be reached", repo, got=f"{type(error).__name__}: {error}"[:300],
-        next_step="check the network and run the same command again: complete files are not downloaded twice; "
-        "HF_HUB_OFFLINE=1 uses only what was downloaded before",
+        "no such folder here, and the Hub cannot be reached", repo, got=f"{type(error).__name__}: {error}"[:300],
+        next_step="if a folder is meant, check its name; else check the network and run the same command again: "
+        "complete files are not downloaded twice, and HF_HUB_OFFLINE=1 uses only what was downloaded before",
     )  # fmt: skip
 
 

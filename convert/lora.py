@@ -7,6 +7,7 @@ would add to each weight (Δ = alpha / rank · B A and its relatives) is added h
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from bitroute.errors import Problem, SourceError
 __all__ = ["Lora", "LoraFile", "with_loras"]
 
 ADAPTER = "bitroute"
-MAX_TENSORS = 20_000  # the largest have a fifth; the loaders' time grows with their square
+MAX_TENSORS = 10_000  # the largest have two thirds of it; the loaders' time grows with their square
 LIMIT_BYTES = 4 * 10**9  # a LoRA is held in memory; larger ones are whole models
 SECOND = "transformer_2"  # diffusers loads there only when it is asked to
 
@@ -83,7 +84,14 @@ def with_loras(pipeline: Pipeline, wanted: Sequence[LoraFile]) -> Pipeline:
     """
     if not wanted:
         return pipeline
-    loras = [_read(pipeline, lora) for lora in wanted]
+    loras, problems = list[Lora](), list[Problem]()
+    for lora in wanted:
+        try:
+            loras.append(_read(pipeline, lora))
+        except SourceError as error:
+            problems += error.problems
+    if problems:
+        raise SourceError(problems)
     names = dict.fromkeys(name for lora in loras for name in lora.layers)
     views = {name: (_view(pipeline.components[name], loras),) for name in names}
     return replace(pipeline, loras=tuple(loras), views=views)
@@ -97,7 +105,12 @@ def _read(pipeline: Pipeline, lora: LoraFile) -> Lora:
     models = _load(pipeline, lora)
     layers = {name: found for name, model in models.items() if (found := _layers(model, lora))}
     if not layers:
-        raise lora.problem("has no layer of this pipeline", got=f"components {', '.join(models)}")
+        first = shown(next(iter(read_header(lora.file).tensors), ""))
+        raise lora.problem(
+            "has no layer of this pipeline", got=f"names such as {first}",
+            expected=f"layers of {', '.join(models)}, as {pipeline.index.get('_class_name')} reads them",
+            next_step="take one of this family; `into: transformer_2` puts there what is named `transformer`",
+        )  # fmt: skip
     if not any(_moves(module) for found in layers.values() for module in found.values()):
         raise lora.problem("changes nothing", got="updates that are zero everywhere", next_step="leave it out")
     return Lora(lora, digest, layers)
@@ -114,12 +127,29 @@ def _check_file(lora: LoraFile) -> None:
         raise lora.problem("is too large", got=f"{size_bytes / 1e9:.1f} GB", expected=f"at most {LIMIT_BYTES / 1e9} GB")
     if len(header.tensors) > MAX_TENSORS:
         raise lora.problem("has too many tensors", got=f"{len(header.tensors)}", expected=f"at most {MAX_TENSORS}")
+    _check_patterns(lora, header.metadata.get("lora_adapter_metadata", "{}"))
     unable = [name for name in header.tensors if "dora_scale" in name or "lora_magnitude_vector" in name]
     if unable:
         raise lora.problem(
             "is a DoRA, which is not fused", got=unable[0],
             next_step="fuse it with diffusers (load_lora_weights, fuse_lora, save_pretrained) and convert the result",
         )  # fmt: skip
+
+
+def _check_patterns(lora: LoraFile, metadata: str) -> None:
+    """peft runs what names layers there as regular expressions; some of these take for ever."""
+    try:
+        content = json.loads(metadata)
+    except (ValueError, RecursionError) as error:
+        raise lora.problem("has metadata that is not JSON", got=str(error)[:200]) from error
+    texts = [
+        text for key, value in (content.items() if isinstance(content, dict) else ())
+        if key.endswith(("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"))
+        for text in ([value] if isinstance(value, str) else value if isinstance(value, list | dict) else ())
+    ]  # fmt: skip
+    unsafe = [text for text in texts if not isinstance(text, str) or set(text) & set("*+{?|(")]
+    if unsafe:
+        raise lora.problem("names its layers by a regular expression", got=shown(unsafe[0]), expected="plain names")
 
 
 def _load(pipeline: Pipeline, lora: LoraFile) -> dict[str, nn.Module]:
@@ -147,7 +177,9 @@ def _load(pipeline: Pipeline, lora: LoraFile) -> dict[str, nn.Module]:
         except ImportError as error:
             raise lora.problem("needs peft to be read", next_step="pip install peft") from error
         except Exception as error:  # the loaders raise whatever they like on what is not theirs
-            raise lora.problem("cannot be read", got=f"{type(error).__name__}: {error}"[:500]) from error
+            mend = f"take one of this family: {pipeline_class.__name__}.load_lora_weights refuses this one too"
+            got = f"{type(error).__name__}: {error}"[:500]
+            raise lora.problem("cannot be read", got=got, next_step=mend) from error
     unused = [line for line in warned if "No LoRA keys" not in line]
     if unused:
         raise lora.problem("does not fit the pipeline", got=unused[0][:500], expected="layers that the model has")
@@ -158,7 +190,23 @@ def _load(pipeline: Pipeline, lora: LoraFile) -> dict[str, nn.Module]:
             expected=f"updates of layers of {', '.join(models)}, with the alpha that their rank says",
             next_step="take these tensors out of the file to fuse the rest",
         )  # fmt: skip
+    other = [name for name, tensor in given.items() if _is_padded(name, tensor, models)]
+    if other:
+        got = f"{other[0]} {list(given[other[0]].shape)}"
+        raise lora.problem("is of a model with other widths", got=printable(got[:500]), expected="widths of this model")
     return models
+
+
+def _is_padded(name: str, tensor: Tensor, models: Mapping[str, nn.Module]) -> bool:
+    """diffusers fills updates of fewer inputs up with zeros, so that those of another model load too."""
+    component, _, layer = name.removesuffix(".lora_A.weight").partition(".")
+    if not name.endswith(".lora_A.weight") or component not in models:
+        return False
+    try:
+        module = models[component].get_submodule(layer)
+    except AttributeError:
+        return False  # a name that peft spells otherwise
+    return tensor.shape[1] != getattr(module, "in_features", getattr(module, "in_channels", tensor.shape[1]))
 
 
 def _what_it_reads(pipe: Any) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bitroute.convert.checkpoint import Pipeline, open_pipeline
 from bitroute.convert.document import sorted_problems
+from bitroute.convert.reading import read_json
 from bitroute.convert.recipe import Dequantize, Recipe, RecipeFile
 from bitroute.convert.record import Record
 from bitroute.errors import Problem, RecipeError, SourceError
@@ -50,11 +51,20 @@ def open_recorded(record: Record, model: str | None = None, *, allow_pickle: boo
         chosen, revision, variant, access="cache", allow_pickle=allow_pickle, dequantize=record.dequantize,
         config=record.config if os.path.isfile(chosen) else None,
     )  # fmt: skip
-    if not record.loras:
-        return opened
+    if not record.loras or fused_in(opened.folder) == [lora.sha256 for lora in record.loras]:
+        return opened  # or they were fused into this source before
     from bitroute.convert.lora import with_loras
 
     return with_loras(opened, record.loras)
+
+
+def fused_in(folder: Path) -> list[str]:
+    """The hashes of the LoRAs that a checkpoint of bitroute has in its weights; none of another folder."""
+    if not (folder / "bitroute.json").is_file():
+        return []
+    source = read_json(folder / "bitroute.json").get("source")
+    loras = source.get("loras") if isinstance(source, dict) else None
+    return [str(lora.get("sha256")) for lora in loras if isinstance(lora, dict)] if isinstance(loras, list) else []
 
 
 def _fused(pipeline: Pipeline, recipe: Recipe, file: RecipeFile) -> Pipeline:

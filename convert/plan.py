@@ -109,7 +109,7 @@ class Plan:
     @property
     def packages(self) -> list[str]:
         """What `pip install` must have brought before the result loads."""
-        libraries = {"diffusers"} | {component.component.library for component in self.components}
+        libraries = {"accelerate", "diffusers"} | {part.library for part in self.pipeline.components.values()}
         formats = {need for c in self.components for entry in c.quantized for need in entry.backend.needs}
         return sorted(libraries | formats | {p for c in self.components for p in c.container.packages})
 

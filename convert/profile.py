@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from bitroute.backends import Kind
 from bitroute.convert.document import MAX_PROBLEMS, KeyPath, Value, parse, read_text, shown
@@ -45,10 +46,16 @@ class _Strict(BaseModel):
 class KeptLayers(_Strict):
     """Layers that stay in high precision, why, and who says so; in which kinds of quantization, by default all."""
 
-    layers: str
-    why: str
-    source: str
-    kinds: list[Kind] = Field(list(KINDS), alias="for", min_length=1)
+    layers: str = Field(description="A pattern, as in the rules of a recipe.")
+    why: str = Field(description="Why they stay.")
+    source: str = Field(description="Who says so.")
+    kinds: list[Kind] = Field(
+        list(KINDS),
+        alias="for",
+        min_length=1,
+        description="The kinds of quantization in which they stay, by default all: `8-bit` (weights alone), `w8a8` "
+        "(with 8-bit activations), `4-bit` (weights of 4 to 6 bits).",
+    )
 
 
 class InputRecipe(_Strict):
@@ -82,13 +89,21 @@ class ProbeInput:
 class Profile(_Strict):
     """What is known of one class; `about` says where it is used, in one line for the documentation."""
 
-    class_name: str = Field(alias="class")
-    about: str = ""
-    recipes: list[str] = []  # the families of built-in recipes for models of this class: flux for flux-fp8
-    roles: dict[Role, list[str]]
-    keep: list[KeptLayers]
-    inputs: dict[str, InputRecipe] = {}  # none: verify loads the model and runs no forward
-    notes: list[str] = []
+    class_name: str = Field(alias="class", description="The model class of diffusers or transformers.")
+    about: str = Field("", description="Where it is used, in one line.")
+    recipes: dict[str, list[str]] = Field(
+        {},
+        description="Families of built-in recipes (flux of flux-fp8), and the components that a pipeline must have for "
+        "each; `quantize recommend` takes the first that fits.",
+    )
+    roles: dict[Role, list[str]] = Field(
+        description="What layers do, as patterns: attention, feed-forward, modulation, embedder, output."
+    )
+    keep: list[KeptLayers] = Field(description="What `keep: profile` leaves as it is.")
+    inputs: dict[str, InputRecipe] = Field(
+        {}, description="One small forward pass for `verify`; without it the model is loaded and not run."
+    )
+    notes: list[str] = Field([], description="Known pitfalls.")
 
     def roles_of(self, names: Iterable[str]) -> dict[str, str]:
         """Layer name → role, for the layers that have one."""
@@ -169,17 +184,22 @@ def read_profile(path: Path, name: str) -> ProfileFile:
         profile = Profile.model_validate(document.plain)
     except ValidationError as error:
         found = error.errors(include_url=False)[:MAX_PROBLEMS]
-        raise RecipeError(
-            Problem(
-                f"{shown('.'.join(map(str, detail['loc'])))} is not valid in a profile", document.where(detail["loc"]),
-                got="" if detail["type"] == "missing" else shown(detail["input"]), expected=detail["msg"],
-            )
-            for detail in found
-        ) from None  # fmt: skip
+        raise RecipeError(_invalid(detail, document) for detail in found) from None
     problems = [*_pattern_problems(profile, document)]
     if problems:
         raise RecipeError(problems)
     return ProfileFile(profile, text, document)
+
+
+def _invalid(detail: ErrorDetails, document: Value) -> Problem:
+    where, key = document.where(detail["loc"]), shown(".".join(map(str, detail["loc"])))
+    next_step = "docs/recipes.md lists the keys of a profile; `quantize profile MODEL` writes one to edit"
+    if detail["type"] == "missing":
+        return Problem(f"{key} is missing in a profile", where, next_step=next_step)
+    if detail["type"] == "extra_forbidden":
+        return Problem(f"unknown key {key} in a profile", where, next_step=next_step)
+    expected = "a list, such as [4-bit]" if detail["type"] == "list_type" else detail["msg"]
+    return Problem(f"{key} is not valid in a profile", where, shown(detail["input"]), expected, next_step)
 
 
 def _pattern_problems(profile: Profile, document: Value) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from bitroute.backends.base import Backend, TensorSpec
-from bitroute.convert.checkpoint import Component, Pipeline, folder_name, open_pipeline
+from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline
 from bitroute.convert.plan import Plan, plan_pipeline
 from bitroute.convert.profile import find_profile
 from bitroute.convert.recipe import builtin_recipes, family_of, read_recipe
@@ -49,6 +49,7 @@ class Choice:
     size_bytes: Mapping[str, int]  # component → weights as they lie on the GPU, 16-bit where they are not quantized
     error: float  # of the denoiser's weights, relative, as normally distributed weights would have it
     needs: tuple[str, ...] = ()  # of the machine
+    plain: bool = True  # whether it loads without `import bitroute`
 
     @cached_property
     def total_bytes(self) -> int:
@@ -119,8 +120,9 @@ def recommend(
 
 def _choices(pipeline: Pipeline, denoisers: list[Component]) -> Iterator[Choice]:
     profile = find_profile(denoisers[0].class_name)
-    families = profile.recipes if profile else []
-    names = [name for name in builtin_recipes() if family_of(name) in families]
+    families = profile.recipes if profile else {}
+    family = next((name for name, parts in families.items() if set(parts) <= set(pipeline.components)), None)
+    names = [name for name in builtin_recipes() if family_of(name) == family]
     if names:
         for name in names:
             yield from _choice(name, name, pipeline)
@@ -141,7 +143,8 @@ def _choice(recipe: str, name: str, pipeline: Pipeline, file: Path | None = None
         return
     quantized = {component.name: component.size_bytes for component in planned.components}
     others = {part: _half_bytes(found) for part, found in pipeline.components.items() if part not in quantized}
-    yield Choice(recipe, name, {**quantized, **others}, _error(planned), tuple(planned.devices))
+    plain = all(component.container.name != "bitroute" for component in planned.components)
+    yield Choice(recipe, name, {**quantized, **others}, _error(planned), tuple(planned.devices), plain)
 
 
 def _as_it_is(pipeline: Pipeline) -> Choice:
@@ -174,6 +177,7 @@ def advice_json(advice: Advice) -> dict[str, Any]:
         return {
             "recipe": choice.name, "size_bytes": dict(choice.size_bytes), "total_bytes": choice.total_bytes,
             "weight_error": choice.error, "offload": choice.offload(advice.room_bytes), "needs": list(choice.needs),
+            "loads_with": _loads_with(choice),
         }  # fmt: skip
 
     best, free = advice.best, advice.without_offload
@@ -189,8 +193,8 @@ def advice_text(advice: Advice) -> str:
     best = advice.best
     lines = [
         f"{advice.model} on a card of {advice.vram_gib:g} GiB, {advice.reserve_gib:g} GiB of it free for activations "
-        "(an estimate: --reserve)\n",
-        f"{'recipe':<20} {'all weights':>11} {'largest component':>28} {'weight error':>12}  offload",
+        "(an estimate: --reserve); sizes in units of 1000\n",
+        f"{'recipe':<20} {'all weights':>11} {'largest component':>28} weight error  {'offload':<15} loads with",
         *(_row(choice, advice.room_bytes) for choice in advice.choices),
         "\nweight error: of the denoiser, as normally distributed weights have it; `--eval` measures the pictures",
         f"\n{best.name}: {_why(advice)}",
@@ -207,7 +211,14 @@ def advice_text(advice: Advice) -> str:
 def _row(choice: Choice, room_bytes: float) -> str:
     largest = f"{choice.largest} {size(choice.size_bytes[choice.largest])}"
     words = {"none": "not needed", "model": "model", "blocks": "block by block"}[choice.offload(room_bytes)]
-    return f"{choice.name:<20} {size(choice.total_bytes):>11} {largest:>28} {choice.error:>12.2%}  {words}"
+    return (
+        f"{choice.name:<20} {size(choice.total_bytes):>11} {largest:>28} {choice.error:>12.2%}  {words:<15} "
+        f"{_loads_with(choice)}"
+    )
+
+
+def _loads_with(choice: Choice) -> str:
+    return "diffusers" if choice.plain else "import bitroute"
 
 
 def _why(advice: Advice) -> str:
@@ -223,11 +234,10 @@ def _why(advice: Advice) -> str:
 
 def _commands(model: str, best: Choice, room_bytes: float) -> Iterator[str]:
     if best.name != AS_IT_IS:
-        out = f"{folder_name(Path(model))}-{best.name}"
         if best.recipe != best.name:
             yield f"\nno built-in recipe is made for it; save this as {best.name}.yaml:\n\n{best.recipe}"
         file = best.name if best.recipe == best.name else f"{best.name}.yaml"
-        yield f"\n  quantize --recipe {file} --model {shlex.quote(model)} --out {shlex.quote(out)}"
+        yield f"\n  quantize --recipe {file} --model {shlex.quote(model)}"
     yield f"  {HOW[best.offload(room_bytes)]}"
 
 

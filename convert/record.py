@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ class RecordedEntry:
     backend: Backend
     weight: TensorSpec
     tensors: dict[str, tuple[str, TensorSpec]]  # suffix → stored name and what it must be
+    source_shape: tuple[int, ...] = ()  # of a convolution, which backends see as rows
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> RecordedEntry:
@@ -39,7 +41,10 @@ class RecordedEntry:
         weight = TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
         if tensors.keys() != backend.outputs(weight).keys():
             raise ValueError(f"tensors {sorted(tensors)} of a {backend.name} layer")
-        return cls(entry["name"], entry["layer"], backend, weight, tensors)
+        shape = tuple(int(n) for n in entry.get("source_shape", weight.shape))
+        if math.prod(shape) != weight.numel:
+            raise ValueError(f"a weight {list(shape)} seen as {list(weight.shape)}")
+        return cls(entry["name"], entry["layer"], backend, weight, tensors, shape)
 
     @property
     def quantized(self) -> bool:

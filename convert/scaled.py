@@ -36,6 +36,7 @@ METADATA = "_quantization_metadata"
 FORMAT_LIMIT_BYTES = 4096
 SCALES = {"scale": (".weight_scale", ".scale_weight"), "tensor_scale": (".weight_scale_2",)}
 UNREAD = (".comfy_quant", ".input_scale", ".scale_input")  # scales of activations
+WEIGHT_WORDS = ("shift", "logit")  # in scales that belong to a model: scale_shift_table, CLIP's logit_scale
 ROTATION = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))  # the Hadamard matrix that convrot grows from
 
 Specs = Mapping[str, TensorSpec]
@@ -81,10 +82,10 @@ def _is_code(tensor: StoredTensor) -> bool:
 def _unknown_scales(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Layer → a scale beside its weight that no format here has, such as DeepSeek's of blocks: no bare FP8 cast."""
     known = (*UNREAD, *sum(SCALES.values(), ()))
-    found = {}
+    found: dict[str, str] = {}
     for name, tensor in stored.items():
         layer, _, leaf = name.rpartition(".")
-        is_scale = "scale" in leaf and "shift" not in leaf and f".{leaf}" not in known
+        is_scale = "scale" in leaf and f".{leaf}" not in known and not any(word in leaf for word in WEIGHT_WORDS)
         if is_scale and tensor.spec.dtype not in FLOAT8:
             found |= {layer: name, layer.removesuffix(".weight"): name}
     return found

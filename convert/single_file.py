@@ -206,7 +206,7 @@ def _read(file: Path, dequantize: Dequantize) -> dict[str, StoredTensor]:
         kinds = ", ".join(sorted({str(t.spec.dtype).removeprefix("torch.") for t in _codes(stored)}))
     if kinds or any(word in name for name in stored for word in SCALE_WORDS):
         got, expected = kinds or "scales of quantized weights", "bf16, fp16 or fp32 weights"
-        mend = "start from the original model; or --dequantize reads it as bf16 first: the errors of both add up"
+        mend = "start from the original; or `quantize dequantize` it, or give a job --dequantize: both errors add up"
         raise SourceError(Problem("the file is already quantized", str(file), got, expected, mend))
     return stored
 

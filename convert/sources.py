@@ -19,7 +19,7 @@ DTYPES: dict[str | None, Dequantize] = {None: True, "bf16": "bfloat16", "fp16": 
 
 @click.command("dequantize", context_settings=CONTEXT)
 @click.argument("model")
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="Where to write  [default: NAME-dequantized]")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="Where to write  [default: ./NAME-dequantized]")
 @click.option(
     "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]),
     help="Of all floats  [default: quantized weights become bf16, the rest stays as it is]",

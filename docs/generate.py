@@ -15,6 +15,7 @@ from bitroute.backends.base import Backend
 from bitroute.cli import main as command
 from bitroute.convert.doctor import bits_per_weight, container_words, documentation, option_choices
 from bitroute.convert.noise import quiet
+from bitroute.convert.profile import KeptLayers, Profile
 from bitroute.convert.recipe import (
     EXTENDS,
     ComponentRecipe,
@@ -76,7 +77,9 @@ def recipes_page() -> str:
             "## Backends\n",
             *(_backend(name, backends.find(name)) for name in backends.available()),
             "## Profiles\n\nWhat is known of a model class: what its layers do (for `role:`) and which of them "
-            "`keep: profile` leaves as they are. [models.md](models.md) has them all, with the source of each.\n",
+            "`keep: profile` leaves as they are. [models.md](models.md) has them all, with the source of each. "
+            "A recipe names a file of one's own (`profile: ./FILE.yaml` under the component); these are its keys.\n",
+            _fields(Profile), "\nEach entry of `keep`:\n", _fields(KeptLayers), "",
             "## Built-in recipes\n",
             *(f"### {name}\n\n```yaml\n{_text(path)}\n```\n" for name, path in builtin_recipes().items()),
         ]
@@ -94,7 +97,7 @@ def _helps(found: click.Command, path: str) -> Iterator[tuple[str, str]]:
 
 def _fields(model: type[BaseModel]) -> str:
     rows = [
-        f"| `{name}` | {field.description} | {_default(field.get_default(call_default_factory=True))} |"
+        f"| `{field.alias or name}` | {field.description} | {_default(field.get_default(call_default_factory=True))} |"
         for name, field in model.model_fields.items()
     ]
     return "\n".join(["| key | meaning | default |", "|---|---|---|", *rows])

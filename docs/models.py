@@ -25,7 +25,9 @@ writes that down to be edited.
 
 Sizes are those of the plan for the full-size model with bf16 weights; *whole* counts the components that are copied as
 they are too, where their published config is known. Loading: "diffusers" is plain diffusers with the library of the
-format; "bitroute" needs `import bitroute` too.
+format; "bitroute" needs `import bitroute` too. "Config unsourced": no published config was found in the libraries'
+sources, so the defaults of the class stand for it. Kinds of quantization: `8-bit` (weights alone), `w8a8` (8-bit
+weights and activations), `4-bit` (weights of 4 to 6 bits).
 """
 DENOISER_HEAD = "What their layers do (for `role:`), and which of them `keep: profile` leaves as they are.\n"
 COLUMNS = ("recipe", "denoiser", "text encoders", "whole", "loading")
@@ -39,8 +41,8 @@ def models_page(note: str) -> str:
     others = [found for name, found in _profiles().items() if name not in denoisers.values()]
     return "\n".join(
         [
-            "# Models\n", note, HEAD,
-            *(line for family in pipelines for line in _family(family, pipelines[family], sizes, facts)),
+            "# Models\n", note, HEAD, _contents(pipelines, denoisers),
+            *(line for family in sorted(pipelines) for line in _family(family, pipelines[family], sizes, facts)),
             "## Profiles of the denoisers\n", DENOISER_HEAD,
             *(_profile(_profiles()[name]) for name in dict.fromkeys(denoisers.values())),
             "## Other profiles\n\nText encoders, VAEs, ControlNets and further denoisers.\n",
@@ -48,6 +50,11 @@ def models_page(note: str) -> str:
             "## Failures of the libraries\n", *_failures(),
         ]
     )  # fmt: skip
+
+
+def _contents(pipelines: Mapping[str, Any], denoisers: Mapping[str, str]) -> str:
+    links = [f"[{family}](#{family}) ([profile](#{denoisers[family].lower()}))" for family in sorted(pipelines)]
+    return " · ".join([*links, "[other profiles](#other-profiles)", "[failures](#failures-of-the-libraries)"]) + "\n"
 
 
 def _read(name: str) -> dict[str, Any]:

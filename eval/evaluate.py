@@ -12,6 +12,7 @@ from typing import Any
 
 from bitroute.convert.bare import check_draws
 from bitroute.convert.checkpoint import folder_name, open_pipeline
+from bitroute.convert.opening import fused_in
 from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem, RecipeError
 from bitroute.eval.apart import Heard
@@ -60,6 +61,7 @@ def evaluate(
     source = _folder(original)
     folders = distinct_names(_folder(model) for model in quantized)
     _check_direction(source, folders)
+    _check_loras(source, folders)
     check_call(source, sampling)
     for chosen in scores:
         check(chosen)
@@ -127,6 +129,15 @@ def _check_direction(original: Path, quantized: Mapping[str, Path]) -> None:
             Problem("the original is a quantized checkpoint, and no candidate is", str(original),
                     next_step="give the original first, then the quantized ones")
         )  # fmt: skip
+
+
+def _check_loras(original: Path, quantized: Mapping[str, Path]) -> None:
+    own = fused_in(original)
+    others = [name for name, folder in quantized.items() if fused_in(folder) not in ([], own)]
+    if others:
+        mend = "fuse them into the original too: a recipe with `fuse_loras` and `backend: keep`; evaluate against that"
+        what = f"{others[0]} has LoRAs in its weights that the original has not"
+        raise RecipeError(Problem(what, str(original), next_step=mend))
 
 
 def _recorded_gate(model: Path) -> list[Limit]:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from diffusers import PriorTransformer
+from sizes import full_size
 
 from bitroute.convert.recipe import builtin_recipes, family_of
+from bitroute.convert.recommend import recommend
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -64,3 +66,16 @@ def test_the_listing_groups_the_recipes_by_family(command: Command) -> None:
     below = lines[lines.index("flux: black-forest-labs/FLUX.1-dev") + 1 :]
     assert below[0].split()[0] == "flux-fp8"
     assert set(json.loads(command("recipes", "list", "--json").stdout)) == set(builtin_recipes())
+
+
+@pytest.mark.parametrize(("family", "others"), [("sdxl", "sd15"), ("sd15", "sdxl"), ("wan22", "wan"), ("wan", "wan22")])
+def test_of_two_families_of_one_class_the_one_that_fits_is_advised(family: str, others: str, tmp_path: Path) -> None:
+    names = {choice.name for choice in recommend(full_size(family, tmp_path).name, 24).choices}
+    assert {family_of(name) for name in names} == {"", family} and others not in {family_of(name) for name in names}
+
+
+def test_one_family_is_listed_alone_and_an_unknown_one_is_named(command: Command) -> None:
+    listed = json.loads(command("recipes", "list", "wan22", "--json").stdout)
+    assert set(listed) == {f"wan22-{kind}" for kind in ("fp8", "int8", "mixed", "nf4", "nvfp4")}
+    done = command("recipes", "list", "wan23")
+    assert done.returncode == 2 and "no family 'wan23'" in done.stderr and "did you mean" in done.stderr

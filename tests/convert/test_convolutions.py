@@ -19,7 +19,7 @@ from families import write_index
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from bitroute import quantize, verify
+from bitroute import dequantize, quantize, verify
 from bitroute.backends.base import QuantizedConvolution
 from bitroute.convert.fidelity import LayerQuality
 
@@ -124,3 +124,13 @@ def test_a_loaded_model_runs_its_convolutions_from_their_codes(made: dict[str, P
     plain = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Conv2d)}
     assert found["down_blocks.0.downsamplers.0.conv"].stored["qdata"].dtype == torch.int8
     assert plain == {"conv_in", "conv_out", "conv_shortcut", "proj_in", "proj_out"}  # as the profile keeps them
+
+
+def test_convolutions_are_dequantized_to_the_shape_that_they_had(made: dict[str, Path], tmp_path: Path) -> None:
+    out = dequantize(made["int8"], tmp_path / "out")
+    before, after = (UNet2DConditionModel.from_pretrained(folder / "unet") for folder in (UNET.parent, out))
+    changed = {name: tensor for name, tensor in after.state_dict().items() if tensor.ndim == 4}
+    assert changed
+    for name, tensor in changed.items():
+        source = before.state_dict()[name]
+        assert tensor.shape == source.shape and (tensor - source).norm() < 0.02 * source.norm()

@@ -235,6 +235,14 @@ def test_an_unknown_method_is_refused_with_what_helps(config: object, source: Pa
     assert "model.dequantize()" in str(refused.value)
 
 
+def test_a_type_of_quanto_that_is_no_text_is_refused(source: Path, tmp_path: Path) -> None:
+    file = source / "transformer" / "config.json"
+    config = {"quant_method": "quanto", "weights_dtype": ["int8"]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": config}))
+    with pytest.raises(RecipeError, match="weights of an unknown type"):
+        dequantize(source, tmp_path / "out")
+
+
 def test_any_changed_byte_of_a_header_ends_in_an_error_or_in_finite_time(make: Make, tmp_path: Path) -> None:
     source, _ = make(TorchAoConfig(TORCHAO["int4-unpacked"]))
     file = source / "transformer" / NAME

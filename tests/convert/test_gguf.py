@@ -204,6 +204,16 @@ def test_a_header_that_lies_is_refused(tensors: Mapping[str, Any], facts: bytes,
         read_gguf(tmp_path / "model.gguf")
 
 
+def test_places_that_overlap_or_are_not_aligned_are_refused(tmp_path: Path, whole: bytes) -> None:
+    """Of the second tensor, whose payload is due at byte 288."""
+    entry = struct.pack("<IQ", F32, 288)
+    assert whole.count(entry) == 1
+    for place in (0, 256, 289):
+        (tmp_path / "model.gguf").write_bytes(whole.replace(entry, struct.pack("<IQ", F32, place)) + bytes(8))
+        with pytest.raises(SourceError, match="of the payloads"):
+            read_gguf(tmp_path / "model.gguf")
+
+
 def test_any_changed_byte_ends_in_an_error_or_in_tensors(tmp_path: Path, whole: bytes) -> None:
     draw, file = random.Random(0), tmp_path / "model.gguf"
     length = len(whole) - 4 * 68 - 64

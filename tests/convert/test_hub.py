@@ -150,7 +150,7 @@ def test_a_hub_that_is_down_is_named_with_what_it_said(hub: Hub, commit: str, im
 def test_no_network_is_no_traceback(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     words = refusal()
-    assert "the Hub cannot be reached" in words
+    assert "no such folder here, and the Hub cannot be reached" in words
     assert "HF_HUB_OFFLINE=1" in words
 
 

@@ -233,3 +233,14 @@ def _remove(header: bytearray, at: int, content: bytes) -> None:
 
 
 DAMAGES: list[Callable[[bytearray, int, bytes], None]] = [_overwrite, _insert, _remove]
+
+
+def test_a_tensor_that_lies_beyond_four_gigabytes_is_read(tmp_path: Path) -> None:
+    length = 4 * 10**9
+    entry = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [length, length + 8]}
+    entries = {"hole": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]}, "last": entry}
+    header = json.dumps(entries).encode()
+    with open(tmp_path / "large.safetensors", "wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + length + 8)
+    assert read_header(tmp_path / "large.safetensors").tensors["last"].offset == 8 + len(header) + length

@@ -173,15 +173,19 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
         "does not fit the pipeline|cannot be read",
     ),
     "half": (lambda s: {n: t for n, t in s.items() if "0.attn.to_k.lora_A" not in n}, "led to missing keys"),
-    "another width": (lambda s: {n: t[..., :8] if "lora_A" in n else t for n, t in s.items()}, "cannot be read"),
+    "another width": (
+        lambda s: {n: t[..., :8] if "lora_A" in n else t for n, t in s.items() if n.startswith("transformer.")},
+        "with other widths",
+    ),
     "DoRA": (lambda s: {**s, "transformer.x.lora_magnitude_vector": torch.ones(4)}, "is a DoRA"),
     "NaN": (lambda s: {n: t * float("nan") if "0.attn.to_k" in n else t for n, t in s.items()}, "is not finite"),
     "infinite": (lambda s: {n: t * float("inf") if "lora_B" in n else t for n, t in s.items()}, "is not finite"),
     "another component": (
-        lambda s: {**s, "text_encoder_2.encoder.q.lora_A.weight": torch.ones(4, 4)}, "what diffusers would leave out",
+        lambda s: {**s, "text_encoder_2.encoder.q.lora_A.weight": torch.ones(4, 4)},
+        "what diffusers would leave out",
     ),
     "a difference": (lambda s: {**s, "transformer.proj_out.diff_b": torch.ones(4)}, "what diffusers would leave out"),
-    "too many": (lambda s: {f"{n}.lora_A.weight": torch.ones(1) for n in range(20_001)}, "too many tensors"),
+    "too many": (lambda s: {f"{n}.lora_A.weight": torch.ones(1) for n in range(10_001)}, "too many tensors"),
     "empty": (lambda s: {}, "cannot be read|has no layer"),
 }
 
@@ -210,3 +214,13 @@ def test_a_lora_that_is_missing_broken_or_of_scale_0_is_refused(
     ):
         with pytest.raises(BitrouteError, match=words):
             plan(write(entry))
+
+
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern"])
+def test_a_regular_expression_in_the_metadata_is_not_run(key: str, write: Callable[..., str], tmp_path: Path) -> None:
+    pattern = "(.*.*)*.*x"
+    metadata = {f"transformer.{key}": pattern if key == "target_modules" else {pattern: 2}}
+    tensors = {"transformer.x_embedder.lora_A.weight": torch.ones(2, 64)}
+    save_file(tensors, tmp_path / "slow.safetensors", {"lora_adapter_metadata": json.dumps(metadata)})
+    with pytest.raises(RecipeError, match="names its layers by a regular expression"):
+        plan(write({"path": "slow.safetensors"}))

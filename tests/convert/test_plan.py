@@ -217,7 +217,7 @@ def test_a_native_container_that_cannot_be_is_refused_with_the_reason(
 
 def test_what_loading_needs_is_said_before_the_job(write_recipe: Write) -> None:
     planned = plan("tiny-flux-nf4")
-    assert planned.packages == ["bitsandbytes", "diffusers", "torchao", "transformers"]
+    assert planned.packages == ["accelerate", "bitsandbytes", "diffusers", "torchao", "transformers"]
     assert [device.partition(":")[0] for device in planned.devices] == ["to load transformer"]
     dynamic = plan(write_recipe(recipe("{backend: float8, options: {activations: dynamic}}")))
     assert "compute capability 8.9" in dynamic.devices[0]

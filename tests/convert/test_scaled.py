@@ -77,6 +77,7 @@ def test_scaled_fp8_is_read_in_every_spelling(
 
 def test_plain_fp8_casts_become_the_same_values(decode: Callable[..., Tensors], weight: torch.Tensor) -> None:
     tensors = {"a.weight": weight.to(E4M3), "a.bias": weight[0].to(E4M3), "table": weight.to(E5M2)}
+    tensors |= {"logit_scale": torch.tensor(4.0), "scale_shift_table": weight}  # weights, not scales of codes
     found = decode(tensors)
     assert all(torch.equal(found[name], tensors[name].float()) for name in tensors)
 

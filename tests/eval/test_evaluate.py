@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitroute.errors import JobError, SourceError
+from bitroute.errors import JobError, RecipeError, SourceError
 from bitroute.eval.evaluate import Evaluation, evaluate
 from bitroute.eval.gate import parse_gate
 from bitroute.eval.judge import closeness
@@ -212,6 +213,15 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_drawn(
     with pytest.raises(SourceError):
         evaluate(str(tiny), [str(tmp_path / "nothing")], sampling, denoiser=False, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_candidate_with_a_fused_lora_is_not_held_against_the_original_without_it(
+    source: Path, tiny: Path, sampling: Sampling
+) -> None:
+    lora = {"path": "style.safetensors", "sha256": "0" * 64, "scale": 1.0, "into": None}
+    (source / "bitroute.json").write_text(json.dumps({"source": {"model": str(tiny), "loras": [lora]}}))
+    with pytest.raises(RecipeError, match="has LoRAs in its weights that the original has not"):
+        evaluate(str(tiny), [str(source)], sampling)
 
 
 def test_within_one_decibel_of_the_floor_is_indistinguishable() -> None:
