@@ -63,7 +63,7 @@ def write_report(folder: Path, **changed: Any) -> Path:
 
 def test_the_card_tells_what_became_of_what(mixed: Path) -> None:
     card = card_of(mixed)
-    assert "| transformer | bitroute | nf4 | 4 | 4.20 | 1.18 MB → 309.65 kB |" in card
+    assert "| transformer | bitroute | nf4 \\(scale mse\\) | 4 | 4.20 | 1.18 MB → 309.65 kB |" in card
     assert "| transformer | bitroute | nvfp4 \\(scale mse\\) | 6 | 4.50 |" in card
     assert "| vae | copied unchanged |" in card
     assert "tiny-flux quantized with bitroute: 13.15 MB → 7.38 MB (56% of the original)" in card

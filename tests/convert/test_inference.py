@@ -244,7 +244,7 @@ def test_a_profile_beside_the_recipe_comes_before_all_others(
     ("keep", "class_name", "line", "words"),
     [
         (entry("'{9-'"), "SkyReelsV2Transformer3DModel", 5, "{9-"),
-        ("- {layers: x, wy: typo}\n", "SkyReelsV2Transformer3DModel", 5, "'keep.0.wy' is not valid in a profile"),
+        ("- {layers: x, wy: typo}\n", "SkyReelsV2Transformer3DModel", 5, "unknown key 'keep.0.wy' in a profile"),
         (entry("proj_out"), "FluxTransformer2DModel", 1, "for another class"),
     ],
 )
