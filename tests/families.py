@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def read(name: str) -> dict[str, Any]:
     return content
 
 
+@cache
 def published() -> Models:
     """The models of all families."""
     merged: Models = {}
