@@ -25,8 +25,8 @@ from bitroute.convert.fidelity import LayerQuality
 
 UNET = Path(__file__).parents[1] / "data" / "unet"
 MIXES = {"int8": "int8", "float8": "float8", "nf4": "int8"}  # backend of linear layers → of convolutions
-# relative error of the linear layers of a model together, as Gaussian weights have it in rows of 3072, and of one layer,
-# as Laplace weights do. float8: half a step of E4M3; nf4: with searched scales
+# relative error of all linear layers of a model, as Gaussian weights have it in rows of 3072, and of one layer, as
+# Laplace weights do. float8: half a step of E4M3; nf4: with searched scales
 ERRORS = {"int8": (0.0085, 0.0140), "float8": (0.0265, 0.0265), "nf4": (0.0860, 0.0974)}
 FORWARD = {"int8": 0.01, "float8": 0.02, "nf4": 0.02}  # relative error of the predicted noise
 RECIPE = """
