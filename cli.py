@@ -165,8 +165,7 @@ def main(
         return
     if recipe is None:
         raise click.UsageError("give --recipe, or a command; `quantize recipes list` shows the built-in recipes")
-    if resume and overwrite:
-        raise click.UsageError("--resume goes on with what is there, --overwrite begins anew: give one of them")
+    around_a_job.check_one_way(overwrite, resume)
     from bitroute.convert.job import check_device
     from bitroute.convert.journal import journal_of
     from bitroute.convert.output import check_output

@@ -25,6 +25,15 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 VARIANT = click.option("--variant", help="Read weights of this variant, such as fp16; else plain ones.")
 
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+RESUME = click.option("--resume", is_flag=True, help="Finish an interrupted job; start it where there is nothing yet.")
+NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not verify the result.")
+
+
+def check_one_way(overwrite: bool, resume: bool) -> None:
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with what is there, --overwrite begins anew: give one of them")
+
 
 @click.group(context_settings=CONTEXT)
 def recipes() -> None:
@@ -152,8 +161,8 @@ def show_profile(
     under the component: `profile: ./FILE.yaml`.
     """
     from bitroute.convert.checkpoint import open_pipeline
+    from bitroute.convert.document import write_new
     from bitroute.convert.inference import profile_text
-    from bitroute.convert.recipe import write_new
 
     pipeline = open_pipeline(model, variant=variant, access="outline", allow_pickle=allow_pickle)
     class_name, text = profile_text(pipeline, component)

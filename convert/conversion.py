@@ -11,11 +11,11 @@ from typing import Any, Literal
 from bitroute.convert.checkpoint import open_pipeline
 from bitroute.convert.decoded import DTYPES, as_floats
 from bitroute.convert.describe import written_files
-from bitroute.convert.document import SHOWN, parse, printable
+from bitroute.convert.document import SHOWN, printable
 from bitroute.convert.job import Progress, run
 from bitroute.convert.layout import StoredTensor
 from bitroute.convert.plan import Plan, fetch, named, plan_pipeline
-from bitroute.convert.recipe import Dequantize, Recipe, RecipeFile
+from bitroute.convert.recipe import Dequantize, RecipeFile
 from bitroute.convert.shards import VARIANT
 from bitroute.errors import Problem, RecipeError
 
@@ -94,6 +94,4 @@ def _recipe(names: list[str], dtype: Dequantize, shard_bytes: int | None) -> Rec
     said: dict[str, Any] = {"dequantize": dtype, "shard_size": shard_bytes}
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in said.items() if value]
     kept = [f"  {json.dumps(name)}: {{backend: keep, keep: none}}\n" for name in names]
-    text = f"{''.join(lines)}components:\n{''.join(kept)}"
-    document = parse(text, RECIPE)
-    return RecipeFile(RECIPE, text, Recipe.model_validate(document.plain), [], document)
+    return RecipeFile.made(RECIPE, f"{''.join(lines)}components:\n{''.join(kept)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitroute.convert.commands import CONTEXT, JSON, VARIANT, print_plan
+from bitroute.convert.commands import CONTEXT, JSON, NO_VERIFY, OVERWRITE, RESUME, VARIANT, check_one_way, print_plan
 from bitroute.convert.sources import DTYPES, conclude, run_with_bar
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ SHARD_SIZE = click.option("--shard-size", type=ShardSize(), help="At most this i
 @VARIANT
 @click.option("--out-variant", metavar="NAME", help="Write files for from_pretrained(OUT, variant=NAME), such as fp16.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
-@click.option("--resume", is_flag=True, help="Finish an interrupted job; start it where there is nothing yet.")
-@click.option("--no-verify", is_flag=True, help="Do not verify the result.")
+@OVERWRITE
+@RESUME
+@NO_VERIFY
 @JSON
 @click.pass_context
 def convert_model(
@@ -60,8 +60,7 @@ def convert_model(
     SOURCE is a folder, a Hub id, or one file of safetensors in its authors' names (flux1-dev.safetensors), with
     --config and the pipeline that it belongs to. The result is a diffusers folder.
     """
-    if resume and overwrite:
-        raise click.UsageError("--resume goes on with what is there, --overwrite begins anew: give one of them")
+    check_one_way(overwrite, resume)
     from bitroute.convert.conversion import plan_conversion
     from bitroute.convert.journal import journal_of
     from bitroute.convert.output import check_output

@@ -12,14 +12,13 @@ from pathlib import Path
 from bitroute.backends import create
 from bitroute.convert.checkpoint import Pipeline, folder_name, open_pipeline
 from bitroute.convert.decoded import is_quantized, undecodable
-from bitroute.convert.document import parse
 from bitroute.convert.files import make_folder
 from bitroute.convert.foreign import read_file
 from bitroute.convert.job import Progress, run
 from bitroute.convert.layout import DerivedTensor, StoredTensor, total_bytes
 from bitroute.convert.plan import Plan, plan_pipeline
 from bitroute.convert.reading import read_blocks
-from bitroute.convert.recipe import Dequantize, Recipe, RecipeFile
+from bitroute.convert.recipe import Dequantize, RecipeFile
 from bitroute.convert.workers import check_stop, run_all
 from bitroute.convert.writer import ShardWriter
 from bitroute.errors import BackendError, JobError, Problem, RecipeError, SourceError
@@ -145,6 +144,4 @@ def _check_place(tensors: Mapping[str, StoredTensor], out: Path, overwrite: bool
 
 def _recipe(names: list[str], dtype: Dequantize) -> RecipeFile:
     lines = [f"  {json.dumps(name)}: {{backend: keep}}\n" for name in names]
-    text = f"dequantize: {json.dumps(dtype)}\ncomponents:\n{''.join(lines)}"
-    document = parse(text, RECIPE)
-    return RecipeFile(RECIPE, text, Recipe.model_validate(document.plain), [], document)
+    return RecipeFile.made(RECIPE, f"dequantize: {json.dumps(dtype)}\ncomponents:\n{''.join(lines)}")

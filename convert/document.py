@@ -7,6 +7,7 @@ the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema), so `no`
 from __future__ import annotations
 
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "read_text",
     "shown",
     "sorted_problems",
+    "write_new",
 ]
 
 KeyPath = tuple[str | int, ...]
@@ -173,6 +175,31 @@ def read_text(path: Path, name: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         what = "is not text in UTF-8"
         raise RecipeError(Problem(what, f"{name}:{line}", got=f"the byte 0x{content[error.start]:02x}")) from None
+
+
+def write_new(text: str, place: Path, name: str) -> Path:
+    """Writes a new file at `place`, or of that name in the folder `place`; returns where it went.
+
+    Raises:
+        RecipeError: the file exists or cannot be written.
+    """
+    try:
+        place = place / name if place.is_dir() else place
+        with open(place, "x", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+    except (OSError, ValueError) as error:
+        raise RecipeError(_not_written(place, error)) from error
+    return place
+
+
+def _not_written(place: Path, error: OSError | ValueError) -> Problem:
+    where = printable(str(place))
+    if isinstance(error, FileExistsError):
+        return Problem("the file exists already", where, next_step="give another name")
+    missing = isinstance(error, FileNotFoundError) and not place.parent.exists()
+    mend = f"make the folder first: mkdir -p {shlex.quote(printable(str(place.parent)))}" if missing else ""
+    got = error.strerror if isinstance(error, OSError) else str(error)
+    return Problem("cannot write the file", where, got=got or "", next_step=mend)
 
 
 def parse(text: str, name: str) -> Value:

@@ -153,7 +153,7 @@ def _check_patterns(lora: LoraFile, metadata: str) -> None:
 
 
 def _load(pipeline: Pipeline, lora: LoraFile) -> dict[str, nn.Module]:
-    """Component → its class on the meta device with the LoRA's layers, by the loader of the pipeline's own class."""
+    """Component → its class without weights and with the LoRA's layers, by the loader of the pipeline's own class."""
     import diffusers
     from transformers.utils.logging import disable_progress_bar
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bitroute.convert.checkpoint import Pipeline, open_pipeline
 from bitroute.convert.document import sorted_problems
+from bitroute.convert.lora import LoraFile, with_loras
 from bitroute.convert.reading import read_json
 from bitroute.convert.recipe import Dequantize, Recipe, RecipeFile
 from bitroute.convert.record import Record
@@ -53,8 +54,6 @@ def open_recorded(record: Record, model: str | None = None, *, allow_pickle: boo
     )  # fmt: skip
     if not record.loras or fused_in(opened.folder) == [lora.sha256 for lora in record.loras]:
         return opened  # or they were fused into this source before
-    from bitroute.convert.lora import with_loras
-
     return with_loras(opened, record.loras)
 
 
@@ -69,10 +68,6 @@ def fused_in(folder: Path) -> list[str]:
 
 def _fused(pipeline: Pipeline, recipe: Recipe, file: RecipeFile) -> Pipeline:
     """The pipeline with the LoRAs of its recipe."""
-    if not recipe.fuse_loras:
-        return pipeline
-    from bitroute.convert.lora import LoraFile, with_loras
-
     return with_loras(pipeline, [
         LoraFile(_beside(file, index) / Path(lora.path).expanduser(), lora.path, lora.scale, lora.into)
         for index, lora in enumerate(recipe.fuse_loras)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -22,7 +21,18 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from bitroute import backends
-from bitroute.convert.document import KeyPath, Value, as_comments, compose, printable, read_text, shown, sorted_problems
+from bitroute.convert.document import (
+    KeyPath,
+    Value,
+    as_comments,
+    compose,
+    parse,
+    printable,
+    read_text,
+    shown,
+    sorted_problems,
+    write_new,
+)
 from bitroute.convert.profile import ProfileFile, read_profile
 from bitroute.convert.shards import SIZES, parse_size
 from bitroute.convert.validation import Levels, near_words, refused, validate
@@ -38,7 +48,6 @@ __all__ = [
     "copy_recipe",
     "family_of",
     "read_recipe",
-    "write_new",
 ]
 
 Dequantize = Literal[False, True, "bfloat16", "float16", "float32"]  # True: quantized weights, to bf16; else all floats
@@ -270,6 +279,12 @@ class RecipeFile:
     document: Value
     profiles: Mapping[str, ProfileFile] = field(default_factory=dict)
 
+    @classmethod
+    def made(cls, name: str, text: str) -> RecipeFile:
+        """One that the program writes itself, and therefore right; errors call it `name`."""
+        document = parse(text, name)
+        return cls(name, text, Recipe.model_validate(document.plain), [], document)
+
     def where(self, path: KeyPath) -> str:
         """`file:line` of a value of `recipe`, such as ("components", "transformer", "rules", 0)."""
         return self.document.where(path)
@@ -337,31 +352,6 @@ def copy_recipe(name: str, target: Path | None = None) -> Path:
     """
     path, called = _locate(name)
     return write_new(read_text(path, called), target or Path(path.name), path.name)
-
-
-def write_new(text: str, place: Path, name: str) -> Path:
-    """Writes a new file at `place`, or of that name in the folder `place`; returns where it went.
-
-    Raises:
-        RecipeError: the file exists or cannot be written.
-    """
-    try:
-        place = place / name if place.is_dir() else place
-        with open(place, "x", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-    except (OSError, ValueError) as error:
-        raise RecipeError(_not_written(place, error)) from error
-    return place
-
-
-def _not_written(place: Path, error: OSError | ValueError) -> Problem:
-    where = printable(str(place))
-    if isinstance(error, FileExistsError):
-        return Problem("the file exists already", where, next_step="give another name")
-    missing = isinstance(error, FileNotFoundError) and not place.parent.exists()
-    mend = f"make the folder first: mkdir -p {shlex.quote(printable(str(place.parent)))}" if missing else ""
-    got = error.strerror if isinstance(error, OSError) else str(error)
-    return Problem("cannot write the file", where, got=got or "", next_step=mend)
 
 
 def _locate(name: str) -> tuple[Path, str]:

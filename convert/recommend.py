@@ -7,8 +7,6 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -17,7 +15,7 @@ from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.checkpoint import Component, Pipeline, open_pipeline
 from bitroute.convert.plan import Plan, plan_pipeline
 from bitroute.convert.profile import find_profile
-from bitroute.convert.recipe import builtin_recipes, family_of, read_recipe
+from bitroute.convert.recipe import RecipeFile, builtin_recipes, family_of, read_recipe
 from bitroute.convert.table import size
 from bitroute.errors import BitrouteError, Problem, RecipeError
 
@@ -123,22 +121,17 @@ def _choices(pipeline: Pipeline, denoisers: list[Component]) -> Iterator[Choice]
     families = profile.recipes if profile else {}
     family = next((name for name, parts in families.items() if set(parts) <= set(pipeline.components)), None)
     names = [name for name in builtin_recipes() if family_of(name) == family]
-    if names:
-        for name in names:
-            yield from _choice(name, name, pipeline)
-        return
-    with TemporaryDirectory() as folder:
-        for name, backend in GENERIC.items():
-            text = "components:\n" + "".join(f"  {part.name}: {{backend: {backend}}}\n" for part in denoisers)
-            file = Path(folder) / f"{name}.yaml"
-            file.write_text(text, encoding="utf-8")
-            yield from _choice(text, name, pipeline, file)
+    for name in names:
+        yield from _choice(name, name, pipeline, read_recipe(name))
+    for name, backend in () if names else GENERIC.items():
+        text = "components:\n" + "".join(f"  {part.name}: {{backend: {backend}}}\n" for part in denoisers)
+        yield from _choice(text, name, pipeline, RecipeFile.made(name, text))
 
 
-def _choice(recipe: str, name: str, pipeline: Pipeline, file: Path | None = None) -> Iterator[Choice]:
+def _choice(recipe: str, name: str, pipeline: Pipeline, file: RecipeFile) -> Iterator[Choice]:
     """Nothing where the recipe is for other members of the family."""
     try:
-        planned = plan_pipeline(read_recipe(str(file or name)), pipeline)
+        planned = plan_pipeline(file, pipeline)
     except BitrouteError:
         return
     quantized = {component.name: component.size_bytes for component in planned.components}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitroute.convert.commands import CONTEXT, JSON, run_verification, show
+from bitroute.convert.commands import CONTEXT, JSON, NO_VERIFY, OVERWRITE, RESUME, check_one_way, run_verification, show
 
 if TYPE_CHECKING:
     from bitroute.convert.plan import Plan
@@ -24,9 +24,9 @@ DTYPES: dict[str | None, Dequantize] = {None: True, "bf16": "bfloat16", "fp16": 
     "--dtype", type=click.Choice(["bf16", "fp16", "fp32"]),
     help="Of all floats  [default: quantized weights become bf16, the rest stays as it is]",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
-@click.option("--resume", is_flag=True, help="Finish an interrupted job; start it where there is nothing yet.")
-@click.option("--no-verify", is_flag=True, help="Do not verify the result.")
+@OVERWRITE
+@RESUME
+@NO_VERIFY
 @JSON
 @click.pass_context
 def dequantize_model(
@@ -39,8 +39,7 @@ def dequantize_model(
     its Hub id), or one file: *.safetensors with scaled FP8 and other ComfyUI formats, or *.gguf. The result loads
     without any quantization library; what quantizing lost stays lost.
     """
-    if resume and overwrite:
-        raise click.UsageError("--resume goes on with what is there, --overwrite begins anew: give one of them")
+    check_one_way(overwrite, resume)
     from bitroute.convert.dequantize import default_folder, is_file, plan_dequantized
 
     if is_file(model):
