@@ -27,7 +27,7 @@ _ELSEWHERE = {
     "int4": "quanto-int4", "bf16": "keep", "bfloat16": "keep", "fp16": "keep", "none": "keep", "bnb": "nf4",
     "bnb-nf4": "nf4", "bnb-4bit": "nf4", "bnb-8bit": "bnb-int8", "llm-int8": "bnb-int8",
 }  # fmt: skip
-_NOT_FORMATS = {"base", "load"}
+_NOT_FORMATS = {"base", "layers", "load"}
 
 
 def available() -> list[str]:

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import nn
 
 from bitroute.backends import create
-from bitroute.backends.base import CODES, Backend, QuantizedLayer, TensorSpec, is_convolution
+from bitroute.backends.base import CODES, Backend, TensorSpec
+from bitroute.backends.layers import QuantizedLayer, is_convolution
 from bitroute.errors import Problem, SourceError
 
 FORMAT_VERSION = 1

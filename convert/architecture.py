@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from bitroute.backends.base import CONVOLUTIONS, is_convolution
+from bitroute.backends.layers import CONVOLUTIONS, is_convolution
 from bitroute.convert.bare import CONFIG, INDEX
 from bitroute.convert.checkpoint import Component
 from bitroute.convert.document import shown

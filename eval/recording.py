@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bitroute.backends.base import is_convolution
+from bitroute.backends.layers import is_convolution
 from bitroute.convert.reading import read_json
 from bitroute.errors import JobError, Problem, SourceError
 from bitroute.eval.apart import Heard, answer, run_apart, tell

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
 from bitroute.backends import available, create, load
-from bitroute.backends.base import QuantizedConvolution, is_convolution
+from bitroute.backends.layers import QuantizedConvolution, is_convolution
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {  # a convolution, and the size of a picture for it
     "1d": (lambda: nn.Conv1d(6, 10, 5, stride=2, padding=3), (17,)),

@@ -19,7 +19,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 import bitroute  # noqa: F401 - registers the quantizers
 from bitroute.backends import available, create
-from bitroute.backends.base import Backend, QuantizedLinear, TensorSpec
+from bitroute.backends.base import Backend, TensorSpec
+from bitroute.backends.layers import QuantizedLinear
 from bitroute.errors import BackendError, SourceError
 
 TINY_FLUX = Path(str(files("bitroute.recipes"))) / "tiny-flux"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from bitroute import dequantize, quantize, verify
-from bitroute.backends.base import QuantizedConvolution
+from bitroute.backends.layers import QuantizedConvolution
 from bitroute.convert.fidelity import LayerQuality
 
 UNET = Path(__file__).parents[1] / "data" / "unet"
