@@ -24,7 +24,7 @@ Kind = Literal["8-bit", "w8a8", "4-bit"]  # weights of 8 bits alone; with 8-bit 
 _DISTRIBUTIONS = {"optimum": "optimum-quanto"}  # import name → what pip calls it, where they differ
 _ELSEWHERE = {
     "fp8": "float8", "e4m3": "float8", "float8_e4m3fn": "float8", "w8a8": "int8", "int8wo": "int8",
-    "int4": "quanto-int4", "bf16": "keep", "bfloat16": "keep", "fp16": "keep", "none": "keep", "bnb": "nf4",
+    "w4a16": "int4", "bf16": "keep", "bfloat16": "keep", "fp16": "keep", "none": "keep", "bnb": "nf4",
     "bnb-nf4": "nf4", "bnb-4bit": "nf4", "bnb-8bit": "bnb-int8", "llm-int8": "bnb-int8",
 }  # fmt: skip
 _NOT_FORMATS = {"base", "layers", "load"}
@@ -72,10 +72,18 @@ def suggest(name: str) -> str:
 def create(name: str, /, **options: Any) -> Backend:
     """A backend with its options, checked: `create("nvfp4", scale="mse")`.
 
+    `method` is an option of every backend: what is done to a weight before it is rounded (backends/_method.py).
+
     Raises:
         BackendError: unknown backend, unknown option, or a value the option does not take.
     """
-    return find(name).from_options(options)
+    method = options.pop("method", None)
+    backend = find(name).from_options(options)
+    if method is None:
+        return backend
+    from bitroute.backends._method import with_method
+
+    return with_method(backend, method)
 
 
 def _is_format(module: str) -> bool:

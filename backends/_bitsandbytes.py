@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitroute.backends._elements import block_weights, in_blocks
+from bitroute.backends._rounded import Rounded, Scales
 from bitroute.backends._table import Blocks, table
-from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+from bitroute.backends.base import NONE, NativeRecord, Statistics, Survey, TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 SMALLEST_NUMBER = 2.0**-149  # of float32
@@ -45,7 +46,7 @@ _means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # quant_state → (
 
 
 @dataclass(frozen=True)
-class FourBit(Backend):
+class FourBit(Rounded):
     family = "bitsandbytes_4bit"
     needs = frozenset({"bitsandbytes"})
     quant_type: ClassVar[Literal["nf4", "fp4"]]
@@ -99,17 +100,30 @@ class FourBit(Backend):
         return _searched(packed, mean, weight)
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
-        if self.scale == "absmax":
-            codes, state = quantize_4bit(rows, blocksize=self.block, quant_type=self.quant_type)
-            return {"codes": codes} if self.double_quant else {"codes": codes, "absmax": state.absmax}
+        if self.scale == "mse":
+            return super().encode(rows, survey, statistics)
+        codes, state = quantize_4bit(rows, blocksize=self.block, quant_type=self.quant_type)
+        return {"codes": codes} if self.double_quant else {"codes": codes, "absmax": state.absmax}
+
+    @property
+    def in_two_steps(self) -> bool:
+        return self.scale == "mse"
+
+    def scales(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> Scales:
         weights = block_weights(statistics.second_moment, self.block, rows.device)
         blocks = Blocks(in_blocks(rows, self.block), table(self.quant_type, rows.device), weights)
         if not self.double_quant:
-            scales = blocks.search(blocks.plain, lambda wanted: wanted.clamp(max=FLOAT32_MAX))
-            return {"codes": blocks.codes(scales), "absmax": scales.flatten()}
+            return (blocks.search(blocks.plain, lambda wanted: wanted.clamp(max=FLOAT32_MAX)),)
         levels = Levels.of(survey)
-        scales = blocks.search(levels.read(survey.rowwise["absmax"]), levels.nearest)
-        return {"codes": blocks.codes(scales), "absmax": levels.codes(scales).flatten()}
+        return (blocks.search(levels.read(survey.rowwise["absmax"]), levels.nearest),)
+
+    def nearest(self, weights: Tensor, scales: Scales, survey: Survey) -> Tensor:
+        return table(self.quant_type, weights.device).read_back(weights, scales[0])
+
+    def store(self, rows: Tensor, scales: Scales, survey: Survey) -> dict[str, Tensor]:
+        blocks = Blocks(in_blocks(rows, self.block), table(self.quant_type, rows.device), None)
+        absmax = Levels.of(survey).codes(scales[0]) if self.double_quant else scales[0]
+        return {"codes": blocks.codes(scales[0]), "absmax": absmax.flatten()}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
         state = self.quant_state(stored, weight, torch.float32)

@@ -39,7 +39,9 @@ from bitroute.backends._elements import (
     least_error,
     squared_error,
 )
-from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+from bitroute.backends._emulation import product
+from bitroute.backends._rounded import Rounded, Scales
+from bitroute.backends.base import NONE, NativeRecord, Statistics, Survey, TensorSpec
 
 BLOCK = 32
 E8M0 = torch.float8_e8m0fnu
@@ -54,11 +56,10 @@ Rule = Literal["absmax", "even", "ceil", "rceil", "mse"]
 
 
 @dataclass(frozen=True)
-class MX(Backend):
+class MX(Rounded):
     """What the MX formats share; a format adds its elements and names the activations it knows.
 
-    Quantized activations are emulated on any device: the input is quantized by the rceil rule and decoded,
-    and the matrix product runs in the input's dtype with torch's float32 accumulation.
+    Activations are quantized by the rceil rule, and emulated.
     """
 
     family = "torchao"
@@ -88,15 +89,21 @@ class MX(Backend):
             "scale": TensorSpec((rows, columns // BLOCK), E8M0),
         }
 
-    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
-        element = self.weight_element
+    def scales(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> Scales:
+        """Biased exponents, int32."""
         blocks = in_blocks(rows, BLOCK)
-        if self.scale == "mse":
-            exponents = _search(blocks, element, block_weights(statistics.second_moment, BLOCK, rows.device))
-        else:
-            exponents = _exponents(block_amax(blocks), element, self.scale)
-        qdata = element.store(blocks.mul(_reciprocals(exponents, self.scale).unsqueeze(-1)))
-        return {"qdata": qdata.flatten(1), "scale": exponents.to(torch.uint8).view(E8M0)}
+        if self.scale != "mse":
+            return (_exponents(block_amax(blocks), self.weight_element, self.scale),)
+        weights = block_weights(statistics.second_moment, BLOCK, rows.device)
+        return (_search(blocks, self.weight_element, weights),)
+
+    def nearest(self, weights: Tensor, scales: Scales, survey: Survey) -> Tensor:
+        elements = self.weight_element.nearest(weights * _reciprocals(scales[0], self.scale))
+        return elements.mul_(scales[0].to(torch.uint8).view(E8M0).float())
+
+    def store(self, rows: Tensor, scales: Scales, survey: Survey) -> dict[str, Tensor]:
+        scaled = in_blocks(rows, BLOCK).mul(_reciprocals(scales[0], self.scale).unsqueeze(-1))
+        return {"qdata": self.weight_element.store(scaled).flatten(1), "scale": scales[0].to(torch.uint8).view(E8M0)}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
         parts = []
@@ -142,21 +149,24 @@ class MX(Backend):
         record = native_record(tensor, config)
         return record if activation_dtype == weight_dtype else replace(record, config={})
 
+    def emulates(self, device: torch.device) -> bool:
+        return self.activation_element is not None
+
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
-        if self.activation_element is not None:
-            x = quantized(x, self.activation_element)
-        return super().linear(x, stored, weight, bias)
+        if self.activation_element is None:
+            return super().linear(x, stored, weight, bias)
+        return product(quantized(x, self.activation_element), self.decode(stored, weight), bias, x.dtype)
 
 
 def quantized(x: Tensor, element: Element) -> Tensor:
-    """x [..., in] as MX with the rceil rule makes it, in its own dtype, without its gradient."""
+    """x [..., in] as MX with the rceil rule makes it, float32, without its gradient."""
 
     def through(rows: Tensor) -> Tensor:
         blocks = in_blocks(rows, BLOCK)
         exponents = _exponents(block_amax(blocks), element, "rceil")
         elements = element.nearest(blocks.mul(_reciprocals(exponents, "rceil").unsqueeze(-1)))
         scales = exponents.to(torch.uint8).view(E8M0).float()
-        return elements.mul_(scales.unsqueeze(-1)).flatten(1).to(x.dtype)
+        return elements.mul_(scales.unsqueeze(-1)).flatten(1)
 
     return by_row_blocks(x.detach().reshape(-1, x.shape[-1]), through).reshape(x.shape)
 

@@ -18,9 +18,14 @@ Scales = tuple[Tensor, ...]  # each [n, blocks]: of every block of a row, what i
 class Rounded(Backend):
     """`encode` in two steps that others may take one by one."""
 
+    @property
+    def in_two_steps(self) -> bool:
+        """Whether the options leave it so; where a library does both steps at once, they do not."""
+        return True
+
     @abstractmethod
     def scales(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> Scales:
-        """What `encode` would choose for rows [n, in], as it will be read back: float32, one or more [n, blocks]."""
+        """What `encode` would choose for rows [n, in], as it will be read back: one or more [n, blocks]."""
 
     @abstractmethod
     def nearest(self, weights: Tensor, scales: Scales, survey: Survey) -> Tensor:

@@ -27,10 +27,10 @@ BINS = 2048  # of [0, 1], for values that need not be rounded exactly
 class Table:
     """The numbers in ascending order with their codes, and the nearest of them by a look into narrow bins."""
 
-    def __init__(self, quant_type: Literal["nf4", "fp4"], device: torch.device) -> None:
-        self.numbers, order = get_4bit_type(quant_type, device=device).sort()
-        self.codes = order.to(torch.uint8)
-        bounds = (self.numbers[1:] + self.numbers[:-1]) / 2
+    def __init__(self, numbers: Tensor, codes: Tensor) -> None:
+        """numbers: float32 [16] in [-1, 1], ascending; codes: uint8 [16], what is stored for them."""
+        self.numbers, self.codes, device = numbers, codes, numbers.device
+        self.bounds = bounds = (numbers[1:] + numbers[:-1]) / 2
         infinite = torch.full((1,), torch.inf, device=device)
         self.lower, self.upper = torch.cat([-infinite, bounds]), torch.cat([bounds, infinite])
         centers = torch.arange(-BINS, BINS + 1, device=device) / BINS
@@ -54,6 +54,11 @@ class Table:
         torch.index_select(self.rough, 0, scratch.view(-1), out=values.view(-1))
         return values
 
+    def read_back(self, weights: Tensor, scales: Tensor) -> Tensor:
+        """number · scale for float32 weights [...] and scales that broadcast to them; a scale of zero gives zeros."""
+        reciprocals = (1.0 / scales).nan_to_num_(posinf=0.0, neginf=0.0)
+        return _looked_up(self.numbers, self.nearest(weights * reciprocals)).mul_(scales)
+
     def pack(self, values: Tensor) -> Tensor:
         """[...] in row-major order → the codes of the nearest, two to a byte, the first in the high half, [·, 1]."""
         codes = _looked_up(self.codes, self.nearest(values.flatten()))
@@ -62,7 +67,8 @@ class Table:
 
 @cache
 def table(quant_type: Literal["nf4", "fp4"], device: torch.device) -> Table:
-    return Table(quant_type, device)
+    numbers, order = get_4bit_type(quant_type, device=device).sort()
+    return Table(numbers, order.to(torch.uint8))
 
 
 class Blocks:
@@ -84,21 +90,25 @@ class Blocks:
         found = least_error(found, (stored(found * factor) for factor in FINE), self.rough_error)
         return least_error(plain, [found], self.error)
 
+    def in_scales(self, scales: Tensor) -> Tensor:
+        """The weights [n, b, size] as multiples of their block's scale."""
+        return self.shares * reciprocals(self.shares_of_amax(scales))
+
     def codes(self, scales: Tensor) -> Tensor:
-        return self.table.pack(self.shares * _reciprocals(self._shares_of_amax(scales)))
+        return self.table.pack(self.in_scales(scales))
 
     def error(self, scales: Tensor) -> Tensor:
         """Σ weight · (w - ŵ)² per block, in units of its squared amax, [n, b]."""
-        share = self._shares_of_amax(scales)
-        places = self.table.nearest(self.shares * _reciprocals(share))
+        share = self.shares_of_amax(scales)
+        places = self.table.nearest(self.in_scales(scales))
         return self._squared_error(_looked_up(self.table.numbers, places), share)
 
     def rough_error(self, scales: Tensor) -> Tensor:
-        share = self._shares_of_amax(scales)
-        torch.mul(self.shares, _reciprocals(share), out=self._values)
+        share = self.shares_of_amax(scales)
+        torch.mul(self.shares, reciprocals(share), out=self._values)
         return self._squared_error(self.table.roughly_nearest(self._values, self._bins), share)
 
-    def _shares_of_amax(self, scales: Tensor) -> Tensor:
+    def shares_of_amax(self, scales: Tensor) -> Tensor:
         return (scales / self.amax).clamp_(-LARGEST_SHARE, LARGEST_SHARE).unsqueeze(-1)
 
     def _squared_error(self, decoded: Tensor, share: Tensor) -> Tensor:
@@ -111,6 +121,6 @@ def _looked_up(values: Tensor, places: Tensor) -> Tensor:
     return values.index_select(0, places.flatten()).view_as(places)
 
 
-def _reciprocals(shares: Tensor) -> Tensor:
+def reciprocals(shares: Tensor) -> Tensor:
     """A scale of zero decodes to zero whatever the codes."""
     return 1.0 / shares.abs().clamp_(min=SMALLEST_SHARE).copysign_(shares)

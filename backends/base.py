@@ -95,11 +95,11 @@ class NativeRecord:
 class Backend(ABC):
     """One format with its options; subclasses are frozen pydantic dataclasses whose fields are the options."""
 
-    name: ClassVar[str]  # as recipes spell it
-    family: ClassVar[str]  # the native container: torchao, bitsandbytes_4bit, bitsandbytes_8bit, quanto, bitroute
-    needs: ClassVar[frozenset[str]] = frozenset()  # packages that encode and decode
+    name: str  # as recipes spell it; this and what follows belong to the class of a format
+    family: str  # the native container: torchao, bitsandbytes_4bit, bitsandbytes_8bit, quanto, bitroute
+    needs: frozenset[str] = frozenset()  # packages that encode and decode
+    lowest_sqnr_db: float  # a healthy weight never decodes worse than this; verify fails below it
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every concrete backend is a dataclass
-    lowest_sqnr_db: ClassVar[float]  # a healthy weight never decodes worse than this; verify fails below it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -134,6 +134,11 @@ class Backend(ABC):
         values = {option.name: getattr(self, option.name) for option in fields}
         return {option.name: values[option.name] for option in fields if values[option.name] != option.default}
 
+    def __str__(self) -> str:
+        """As a person writes it: `nvfp4 (scale mse)`."""
+        said = ", ".join(f"{option} {value}" for option, value in self.options.items())
+        return f"{self.name} ({said})" if said else self.name
+
     @property
     def kind(self) -> Kind | None:
         """What a profile's keep list must know of the format; None where it loses nothing."""
@@ -144,6 +149,11 @@ class Backend(ABC):
         if bits < 7:
             return "4-bit"
         return "8-bit" if getattr(self, "activations", "none") == "none" else "w8a8"
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """The kinds of statistics that it cannot encode without."""
+        return frozenset()
 
     def refuse(self, weight: TensorSpec) -> str | None:
         """Why this format cannot hold such a weight ([out, in]), or None; what no format can hold is refused here."""
@@ -198,9 +208,17 @@ class Backend(ABC):
         """How the native container stores it, or None where only the bitroute container can run it."""
         return None
 
+    def working_bytes(self, weight: TensorSpec) -> int:
+        """What `survey` and `encode` hold at most beside the weight and blocks of its rows."""
+        return 0
+
     def gpu_to_compute(self) -> str:
         """The smallest GPU whose arithmetic units run this format; empty where any device does."""
         return ""
+
+    def emulates(self, device: torch.device) -> bool:
+        """Whether `linear` quantizes activations, but multiplies decoded numbers on such a device (_emulation.py)."""
+        return False
 
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         """x [..., in] through the stored weight, in the dtype of x."""

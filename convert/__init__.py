@@ -11,6 +11,7 @@ decoded, foreign                    a quantized component read as floats
 bare                                a model that is one component, without a pipeline around it
 architecture, profile, inference    the layers of a class on the meta device, what is known or inferred of it
 pattern → routing                   which backend every layer gets
+statistics                          what calibration measured, for the layers that ask for it
 entry → container → copies → plan   what becomes of each tensor, how a component is stored, what goes along
 fold → describe → table             the plan for configs, machines and people
 files → journal → output            whole files only, what must not change until the end, the folder
@@ -19,7 +20,7 @@ seal, record → fidelity → verify    what the job wrote, held against its sou
 markdown, snippet, origin, quality   what a model card is made of
 card → upload → push                the card, one commit, what is refused before it
 inspection, doctor                  any file or folder; this machine
-progress, noise                     bars on stderr; the libraries' remarks kept off it
+progress, noise, garbage            bars on stderr; the libraries' remarks kept off it, their objects left alone
 commands                            the small commands around a job
 conversion, conversion_command      the same weights in another dtype or in other files
 """

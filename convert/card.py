@@ -139,8 +139,7 @@ def _component_rows(component: RecordedComponent) -> Iterable[Sequence[str]]:
 
 
 def _label(entry: RecordedEntry) -> str:
-    options = ", ".join(f"{key} {value}" for key, value in entry.backend.options.items())
-    return (f"{entry.backend.name} ({options})" if options else entry.backend.name) if entry.quantized else REST
+    return str(entry.backend) if entry.quantized else REST
 
 
 def _sizes(entries: Sequence[RecordedEntry]) -> tuple[str, str]:

@@ -170,7 +170,7 @@ def choose(entries: Sequence[Entry], library: str, wish: str) -> tuple[Container
     families = sorted({entry.backend.family for entry in quantized})
     if len(families) > 1:
         return Bitroute(), f"it mixes the families {', '.join(families)}"
-    nameless = sorted({entry.backend.name for entry in quantized if entry.record is None})
+    nameless = sorted({str(entry.backend) for entry in quantized if entry.record is None})
     if nameless or families[0] not in NATIVE:
         return Bitroute(), f"no library runs {', '.join(nameless or families)} weights as they are stored"
     native = NATIVE[families[0]]

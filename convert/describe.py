@@ -50,14 +50,8 @@ def summary(plan: Plan, component: ComponentPlan) -> dict[str, Any]:
         raise JobError(Problem("the model is not downloaded yet", plan.pipeline.name, next_step="fetch(plan) first"))
     layers: dict[str, list[str]] = {}
     for entry in component.quantized:
-        layers.setdefault(label(entry), []).append(entry.layer)
+        layers.setdefault(str(entry.backend), []).append(entry.layer)
     return {**_origin(plan), "layers": {name: [str(f) for f in fold(names)] for name, names in layers.items()}}
-
-
-def label(entry: Entry) -> str:
-    """The backend with its options, as a person writes it: `nvfp4 (scale mse)`."""
-    options = ", ".join(f"{key} {value}" for key, value in entry.backend.options.items())
-    return f"{entry.backend.name} ({options})" if options else entry.backend.name
 
 
 def written_files(plan: Plan) -> list[str]:
@@ -81,6 +75,7 @@ def _origin(plan: Plan) -> dict[str, Any]:
         "bitroute": version("bitroute"),
         "libraries": {library: version(library) for library in LIBRARIES},
         "source": _source(plan.pipeline),
+        **({"statistics": plan.statistics.describe()} if plan.statistics else {}),
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},
     }
 

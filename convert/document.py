@@ -317,12 +317,12 @@ def _find_parent(parent: Value, find: Finder, path: Path) -> tuple[Path, str]:
 
 
 def _merge(below: Value, above: Value) -> Value:
-    """Mappings key by key, everything else replaced; options stay with the backend they were written for."""
+    """Mappings key by key, everything else replaced; options and method stay with the backend they were written for."""
     if not (isinstance(below.content, dict) and isinstance(above.content, dict)):
         return above
     merged = dict(below.content)
     if "backend" in above.content:
-        merged.pop("options", None)
+        merged = {key: value for key, value in merged.items() if key not in ("options", "method")}
     for key, value in above.content.items():
         merged[key] = _merge(merged[key], value) if key in merged else value
     return Value(merged, above.file, above.line)

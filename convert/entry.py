@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from bitroute.backends.base import Backend, NativeRecord, TensorSpec
-from bitroute.convert.layout import DerivedTensor, StoredTensor, total_bytes
+from bitroute.convert.layout import DerivedTensor, StoredTensor, stored_bytes, total_bytes
 
 DERIVING_BYTES = 12  # a weight: what it is derived from, that in float32, the result
 
@@ -21,6 +22,7 @@ class Entry:
     role: str
     reason: str  # the rule that decided, in words
     where: str  # file:line of that rule
+    statistics: Mapping[str, StoredTensor] = field(default_factory=dict)  # of the layer's input, those that are used
 
     @property
     def quantized(self) -> bool:
@@ -45,8 +47,12 @@ class Entry:
 
     @property
     def held_bytes(self) -> int:
-        """What a worker of a job holds of it beside blocks: a layer to quantize, and the whole of what is derived."""
-        return (self.source.spec.size_bytes if self.quantized else 0) + self._deriving_bytes
+        """What a worker of a job holds of it beside blocks: a layer to quantize, and the whole of what is derived.
+
+        Statistics are held as they are, as they are inside the method, and factorized.
+        """
+        own = self.source.spec.size_bytes + self.backend.working_bytes(self.weight) if self.quantized else 0
+        return own + 3 * stored_bytes(self.statistics.values()) + self._deriving_bytes
 
     @property
     def compared_bytes(self) -> int:

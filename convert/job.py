@@ -24,6 +24,7 @@ from bitroute.convert.output import begin, claimed
 from bitroute.convert.plan import ComponentPlan, Plan, fetch, plan
 from bitroute.convert.reading import read_blocks
 from bitroute.convert.recipe import Dequantize
+from bitroute.convert.statistics import read_statistics
 from bitroute.convert.workers import check_stop, run_all
 from bitroute.convert.writer import ShardWriter, is_written
 from bitroute.errors import BackendError, JobError, Problem, RecipeError, SourceError
@@ -38,7 +39,7 @@ def quantize(
     recipe: str, model: str | None = None, out: str | Path | None = None, *,
     device: str = "cpu", overwrite: bool = False, resume: bool = False, allow_pickle: bool = False,
     dequantize: Dequantize = False, config: str | None = None, variant: str | None = None,
-    progress: Progress | None = None,
+    statistics: str | Path | None = None, progress: Progress | None = None,
 ) -> Path:  # fmt: skip
     """Plans and runs a recipe; returns the checkpoint folder. Verification is `bitroute.verify`.
 
@@ -47,12 +48,16 @@ def quantize(
     overwrite: replace an earlier output. resume: finish an interrupted one, or start where there is none.
     allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
     config: the pipeline that a single file, given as the model, belongs to. variant: of the weights to read: fp16.
+    statistics: what calibration measured of this model, instead of the recipe's file.
 
     Raises:
         RecipeError, SourceError: refused before anything was written.
         JobError: the job could not finish; what it left carries no name that a loader looks for.
     """
-    chosen = plan(recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config, variant=variant)
+    chosen = plan(
+        recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config, variant=variant,
+        statistics=statistics,
+    )  # fmt: skip
     planned = fetch(chosen)
     folder = Path(out).expanduser() if out is not None else Path(Path(planned.recipe.name).stem)
     run(planned, folder, device=device, overwrite=overwrite, resume=resume, progress=progress)
@@ -180,12 +185,13 @@ def _write_entry(
 ) -> None:
     """Raises JobError where the backend cannot hold the values."""
     try:
-        survey = entry.backend.survey(_blocks(entry, device), entry.weight)
+        statistics = read_statistics(entry.statistics)
+        survey = entry.backend.survey(_blocks(entry, device), entry.weight, statistics)
         for suffix, tensor in survey.outputs.items():
             writer.append(names[suffix], tensor)
         bounds = entry.backend.block_bounds(entry.source.spec.rows)
         for (start, stop), rows in zip(bounds, _blocks(entry, device), strict=True):
-            for suffix, part in entry.backend.encode(rows, survey.of_rows(start, stop)).items():
+            for suffix, part in entry.backend.encode(rows, survey.of_rows(start, stop), statistics).items():
                 writer.append(names[suffix], part)
             report(rows.numel() * entry.source.spec.dtype.itemsize, entry.layer or entry.name)
     except BackendError as error:

@@ -94,6 +94,8 @@ def _sources(plan: Plan) -> Iterable[Path]:
     for component in plan.components:
         yield from _component_sources(component)
     yield from (plan.pipeline.folder / name for name in plan.copied)
+    if plan.statistics:
+        yield plan.statistics.file
 
 
 def _component_sources(plan: ComponentPlan) -> Iterator[Path]:
@@ -126,6 +128,7 @@ def _facts(then: Journal, now: Journal) -> Iterator[tuple[str, str, str]]:
     model, current = then.record["source"], now.record["source"]
     for key in {**model, **current}:
         yield f"the source's {key}", str(model.get(key, "none")), str(current.get(key, "none"))
+    yield "the statistics", str(then.record.get("statistics", "none")), str(now.record.get("statistics", "none"))
     if then.device:
         yield "the device", then.device, now.device
 
@@ -147,7 +150,8 @@ def _source_changes(then: Mapping[str, Stamp | None], now: Mapping[str, Stamp | 
     for name in sorted({*then, *now}):
         old, new = then.get(name), now.get(name)
         if old != new:
-            yield _changed("the source file", _words(old), _words(new), name if name == model else f"{model}/{name}")
+            beside = name == model or Path(name).is_absolute()
+            yield _changed("the source file", _words(old), _words(new), name if beside else f"{model}/{name}")
 
 
 def _words(stamp: Stamp | None) -> str:

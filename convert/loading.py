@@ -1,11 +1,13 @@
-"""Loads one component in a process of its own, as a user would, and tells what happened.
+"""Loads components one after the other in a process of its own, as a user would, and tells what happened.
 
-Run by path with a JSON request on stdin; prints one JSON line. It must not import bitroute unless the request
-says that the container needs it: that is what it proves.
+Run by path with a JSON list of requests on stdin; prints one JSON line for each. It must not import bitroute unless a
+request says that the container needs it: that is what it proves.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import sys
 import warnings
@@ -13,13 +15,15 @@ from typing import Any
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
-    try:
-        answer = _load(request)
-    except Exception as error:  # whatever the libraries raise is the answer
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    answer["bitroute_imported"] = "bitroute" in sys.modules
-    print(json.dumps(answer))
+    gc.set_threshold(100_000)  # as bitroute.convert.garbage, which cannot be imported here
+    atexit.register(gc.freeze)
+    for request in json.load(sys.stdin):
+        try:
+            answer = _load(request)
+        except Exception as error:  # whatever the libraries raise is the answer
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"bitroute_imported": "bitroute" in sys.modules, **answer}), flush=True)
+        gc.collect()  # or a model in a cycle would stay beside the next one
 
 
 def _load(request: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +41,7 @@ def _load(request: dict[str, Any]) -> dict[str, Any]:
         lift_gpu_check()
     library = diffusers if request["library"] == "diffusers" else transformers
     model_class = getattr(library, request["class"])
+    gc.freeze()  # what the libraries hold is never garbage
     variant = {"variant": request["variant"]} if request["variant"] else {}
     choices = {"dtype": torch.bfloat16, "output_loading_info": True, **variant}
     model, info = model_class.from_pretrained(request["folder"], **choices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from bitroute import backends
@@ -24,6 +25,7 @@ from bitroute.convert.profile import ProfileFile, find_profile
 from bitroute.convert.recipe import ComponentRecipe, Dequantize, RecipeFile, read_recipe
 from bitroute.convert.routing import CONVOLUTION, Route, route
 from bitroute.convert.shards import cut, shard_names
+from bitroute.convert.statistics import StatisticsFile, statistics_of, with_statistics
 from bitroute.convert.workers import cores
 from bitroute.errors import BackendError, Problem, RecipeError, SourceError
 
@@ -93,6 +95,7 @@ class Plan:
     pipeline: Pipeline
     components: tuple[ComponentPlan, ...]
     copied: Mapping[str, int] = field(default_factory=dict)  # file relative to the pipeline folder → bytes
+    statistics: StatisticsFile | None = None
 
     @property
     def source_bytes(self) -> int:
@@ -139,7 +142,7 @@ class Plan:
 def plan(
     recipe: str, model: str | None = None, *,
     allow_pickle: bool = False, dequantize: Dequantize = False, config: str | None = None,
-    shard_bytes: int | None = None, variant: str | None = None,
+    shard_bytes: int | None = None, variant: str | None = None, statistics: str | Path | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for a recipe (a file or a built-in name) and a model (folder, Hub id, or the recipe's own).
 
@@ -147,6 +150,7 @@ def plan(
     allow_pickle: also read weights from *.bin, tensors alone. dequantize: read quantized components as floats.
     config: the pipeline that a single file belongs to. shard_bytes: at most in one file, instead of the recipe's.
     variant: of the weights that are read, such as fp16, instead of the recipe's.
+    statistics: what calibration measured of this model, instead of the recipe's file.
 
     Raises:
         RecipeError, SourceError: everything that is wrong with the recipe, the model and their match, at once.
@@ -156,7 +160,8 @@ def plan(
         raise RecipeError(file.problems)
     said = file.recipe.model_copy(update={"shard_size": shard_bytes}) if shard_bytes else file.recipe
     file = replace(file, recipe=said)
-    return plan_pipeline(file, open_model(file, said, model, allow_pickle, dequantize, config, variant))
+    pipeline = open_model(file, said, model, allow_pickle, dequantize, config, variant)
+    return plan_pipeline(file, pipeline, statistics_of(file, statistics))
 
 
 def fetch(planned: Plan, progress: Callable[[int, str], None] | None = None) -> Plan:
@@ -173,7 +178,8 @@ def fetch(planned: Plan, progress: Callable[[int, str], None] | None = None) -> 
     from bitroute.convert.download import download
 
     folder = download(pipeline.hub, progress)
-    return named(plan_pipeline(planned.recipe, replace(pipeline, folder=folder, is_outline=False)), planned.variant)
+    here = replace(pipeline, folder=folder, is_outline=False)
+    return named(plan_pipeline(planned.recipe, here, planned.statistics), planned.variant)
 
 
 def named(planned: Plan, variant: str | None) -> Plan:
@@ -181,8 +187,8 @@ def named(planned: Plan, variant: str | None) -> Plan:
     return replace(planned, components=tuple(replace(component, variant=variant) for component in planned.components))
 
 
-def plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
-    """The plan for a recipe and a model that are read already; raises as `plan` does."""
+def plan_pipeline(file: RecipeFile, pipeline: Pipeline, statistics: StatisticsFile | None = None) -> Plan:
+    """The plan for a recipe, a model and statistics that are read already; raises as `plan` does."""
     problems = list(file.problems)
     components = []
     whole = {name: ComponentRecipe.model_validate({}) for name in (*pipeline.held, *pipeline.views)}  # not to be copied
@@ -191,17 +197,21 @@ def plan_pipeline(file: RecipeFile, pipeline: Pipeline) -> Plan:
         if name not in pipeline.components:
             problems.append(no_component(name, pipeline, file.where))
             continue
-        planned = _plan_component(pipeline.components[name], component_recipe, file, problems)
+        planned = _plan_component(pipeline.components[name], component_recipe, file, statistics, problems)
         components += [planned] if planned else []
     copied, found = copies(pipeline, [component.name for component in components])
     problems += [problem for problem in found if problem not in problems]  # a part that has no plan told its own
     if problems:
         raise RecipeError(sorted_problems(problems))
-    return Plan(file, pipeline, tuple(components), copied)
+    return Plan(file, pipeline, tuple(components), copied, statistics)
 
 
 def _plan_component(
-    component: Component, recipe: ComponentRecipe, file: RecipeFile, problems: list[Problem]
+    component: Component,
+    recipe: ComponentRecipe,
+    file: RecipeFile,
+    statistics: StatisticsFile | None,
+    problems: list[Problem],
 ) -> ComponentPlan | None:
     where = file.where
     try:
@@ -222,7 +232,8 @@ def _plan_component(
         return None
     entries, notes, found = _entries(architecture, routes, chosen, knowledge.roles, where)
     notes = [*component.notes, *knowledge.notes, *notes]
-    problems += found
+    entries, lacking = with_statistics(entries, component, statistics)
+    problems += found + lacking
     if quantizes(recipe) and not found and not any(entry.quantized for entry in entries):
         problems.append(_takes_nothing(component, where))
     container, reason = choose(entries, component.library, recipe.container)
@@ -286,8 +297,7 @@ def _create_backends(routes: Mapping[str, Route], where: Where) -> tuple[dict[Ch
             chosen[key] = backends.create(decision.backend, **decision.options)
         except BackendError as error:
             chosen[key] = backends.create("keep")
-            place = where((*decision.source, "options"))
-            problems += [Problem(p.what, place, p.got, p.expected, p.next_step) for p in error.problems]
+            problems += [replace(p, where=where((*decision.source, p.where or "options"))) for p in error.problems]
     return chosen, problems
 
 

@@ -57,7 +57,8 @@ MAX_RULES = 2000  # also of the entries of `keep`
 EXTENDS = (
     "`extends: NAME` at the top of a recipe starts from another one: a built-in recipe, or a file relative to this "
     "one. Mappings are merged key by key; lists and single values replace those below. A mapping that says `backend` "
-    "does not inherit `options`: they were written for the other backend. At most 16 recipes may extend each other."
+    "does not inherit `options` and `method`: they were written for the other backend. At most 16 recipes may "
+    "extend each other."
 )
 
 
@@ -99,7 +100,17 @@ BackendName = Annotated[str, AfterValidator(_known_backend)]
 Otherwise = Literal["refuse", "keep"]
 _BACKEND = "The format of the weights; `quantize backends` lists them."
 _OPTIONS = "Options of that backend; `quantize backends NAME` lists them."
+_METHOD = (
+    "What is done to a weight before that backend rounds it: `rotate: 32` (blocks of 16, 32, 64 or 128 inputs by a "
+    "Hadamard matrix), `low_rank: 16` (a branch of that rank in bf16), `smooth: 0.5` (large inputs move into the "
+    "weight) and `gptq: true` (errors are made up for by later weights). The last two need `statistics`. With GPTQ "
+    "alone the layer loads as the backend's own; the others are run by bitroute."
+)
 _OTHERWISE = "What happens to a layer whose shape the backend cannot hold: `refuse` the plan, or `keep` the layer."
+
+
+def _encoding(options: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
+    return {**options, "method": method} if method else dict(options)
 
 
 class _Strict(BaseModel):
@@ -124,7 +135,13 @@ class Rule(_Strict):
     )
     backend: BackendName = Field(description=_BACKEND)
     options: dict[str, Any] = Field({}, description=_OPTIONS)
+    method: dict[str, Any] = Field({}, description=_METHOD)
     otherwise: Otherwise = Field("refuse", description=_OTHERWISE)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The options that `backends.create` takes."""
+        return _encoding(self.options, self.method)
 
     @model_validator(mode="after")
     def _names_layers_once(self) -> Self:
@@ -140,6 +157,7 @@ class ComponentRecipe(_Strict):
     backend: BackendName = Field("keep", description="The backend of every linear layer that no rule takes.")
     options: dict[str, Any] = Field({}, description=_OPTIONS)
     otherwise: Otherwise = Field("refuse", description=_OTHERWISE)
+    method: dict[str, Any] = Field({}, description=_METHOD)
     keep: Annotated[Literal["profile", "none"] | list[str], BeforeValidator(_known_keep)] = Field(
         "profile",
         description="The layers that no rule touches: what the `profile` of the model class keeps (inferred from its "
@@ -160,6 +178,11 @@ class ComponentRecipe(_Strict):
         description="How the component is stored: `native` loads in plain diffusers, `bitroute` holds any "
         "mix of backends, `auto` is native wherever that is possible.",
     )
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The options that `backends.create` takes."""
+        return _encoding(self.options, self.method)
 
 
 class EvalRecipe(_Strict):
@@ -246,6 +269,13 @@ class Recipe(_Strict):
         False,
         description="Read components that are already quantized: `true` decodes their weights to bfloat16, a dtype "
         "(`bfloat16`, `float16`, `float32`) is that of all their floats. The errors of both quantizations add up.",
+    )
+    statistics: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="What `quantize calibrate` measured of this model, a file relative to this recipe: methods read "
+        "it, and searches of a scale weigh errors by it. `--statistics` overrides it.",
     )
     fuse_loras: list[LoraRecipe] = Field(
         [], max_length=16, description="LoRAs to fuse into the weights first; needs `pip install peft`."

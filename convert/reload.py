@@ -1,11 +1,11 @@
-"""One component loaded in a fresh process, as its user would, and one forward pass."""
+"""Components loaded in a fresh process, as their user would, and one forward pass of each."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import torch
 from bitroute.convert.plan import LOADING_BYTES
 from bitroute.convert.profile import find_profile
 from bitroute.convert.record import RecordedComponent
-from bitroute.errors import Problem
+from bitroute.errors import BitrouteError, Problem
+
+ANSWER = '{"bitroute_imported": '  # how the lines of loading.py begin
 
 
 @dataclass(frozen=True)
@@ -26,39 +28,74 @@ class Reload:
     notes: tuple[str, ...] = ()
 
 
-def reload(recorded: RecordedComponent) -> Reload:
-    """Loads in another process; a component larger than the free memory is not loaded."""
+def reload(components: Sequence[RecordedComponent]) -> dict[str, Reload]:
+    """Component → what came of it. Those that need bitroute are loaded in one process, the others in another.
+
+    One is in memory at a time; what is larger than the free memory is not loaded.
+    """
+    found, requests = dict[str, Reload](), dict[str, dict[str, Any]]()
+    for recorded in components:
+        try:
+            unfit = _unfit(recorded)
+            if unfit:
+                found[recorded.name] = Reload(f"not loaded ({unfit})")
+            else:
+                requests[recorded.name] = _request(recorded)
+        except BitrouteError as error:
+            found[recorded.name] = Reload("not loaded", tuple(error.problems))
+    answers = dict[str, dict[str, Any]]()
+    for with_bitroute in (False, True):
+        asked = {name: asking for name, asking in requests.items() if asking["needs_bitroute"] == with_bitroute}
+        answers |= zip(asked, _answers(list(asked.values())), strict=True)
+    return {
+        recorded.name: found.get(recorded.name) or _told(recorded, answers[recorded.name]) for recorded in components
+    }
+
+
+def _unfit(recorded: RecordedComponent) -> str:
     needed = int(1.2 * recorded.size_bytes) + LOADING_BYTES
     available = psutil.virtual_memory().available
-    if needed > available:
-        words = f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free"
-        return Reload(f"not loaded ({words})")
-    no_gpu = recorded.container == "bitsandbytes" and not torch.cuda.is_available()
-    lifted = f"{recorded.name}: the loader's GPU check was lifted, in verify's own process only"
-    answer = _run_loading(recorded, no_gpu)
-    words, failed = _outcome(recorded, answer)
-    problems = [*_loading_problems(recorded, answer), *failed]
-    return Reload(words, tuple(problems), (lifted,) if no_gpu else ())
+    return "" if needed <= available else f"needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free"
 
 
-def _run_loading(recorded: RecordedComponent, lift_gpu_check: bool) -> dict[str, Any]:
+def _lifts_gpu_check(recorded: RecordedComponent) -> bool:
+    return recorded.container == "bitsandbytes" and not torch.cuda.is_available()
+
+
+def _request(recorded: RecordedComponent) -> dict[str, Any]:
     component = recorded.component
     profile = find_profile(component.class_name)
     probe = profile.probe(component.config) if profile else {}
-    request = {
+    return {
         "folder": str(component.folder), "library": component.library, "class": component.class_name,
         "variant": component.variant,
-        "needs_bitroute": recorded.container == "bitroute", "lift_gpu_check": lift_gpu_check,
+        "needs_bitroute": recorded.container == "bitroute", "lift_gpu_check": _lifts_gpu_check(recorded),
         "probe": {name: asdict(given) for name, given in probe.items()},
     }  # fmt: skip
+
+
+def _answers(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One for each request. Where a process ends too early, another one goes on after what ended it."""
     # -P: the script's own folder must not shadow the standard library
     command = [sys.executable, "-P", str(Path(__file__).with_name("loading.py"))]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"error": f"the loading process ended with {done.returncode}: {done.stderr.strip()[-400:]}"}
-    answer: dict[str, Any] = json.loads(lines[-1])
-    return answer
+    answers: list[dict[str, Any]] = []
+    while len(answers) < len(requests):
+        left = requests[len(answers) :]
+        done = subprocess.run(command, input=json.dumps(left), capture_output=True, text=True, check=False)
+        lines = done.stdout.splitlines(keepends=True)  # libraries print too
+        said = [json.loads(line) for line in lines if line.startswith(ANSWER) and line.endswith("\n")]
+        answers += said[: len(left) - 1] if done.returncode else said
+        if len(answers) < len(requests):
+            error = f"the loading process ended with {done.returncode}: {done.stderr.strip()[-400:]}"
+            answers.append({"error": error})
+    return answers
+
+
+def _told(recorded: RecordedComponent, answer: Mapping[str, Any]) -> Reload:
+    words, failed = _outcome(recorded, answer)
+    problems = [*_loading_problems(recorded, answer), *failed]
+    lifted = f"{recorded.name}: the loader's GPU check was lifted, in verify's own process only"
+    return Reload(words, tuple(problems), (lifted,) if _lifts_gpu_check(recorded) else ())
 
 
 def _loading_problems(recorded: RecordedComponent, answer: Mapping[str, Any]) -> Iterator[Problem]:

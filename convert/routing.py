@@ -112,13 +112,13 @@ class _Router:
         source = (*self.path, "rules", index)
         matched = self._of_role(rule.role, source) if rule.role else self._matching(rule.layers or "", source)
         eligible = matched if rule.backend == "keep" else self._quantizable(matched)
-        self._keep_from(eligible, rule.backend, rule.options)
+        self._keep_from(eligible, rule.backend, rule.encoding)
         free = [name for name in eligible if name not in self.routes]
         if matched and not eligible:
             self._report(self._not_quantizable, rule, source, matched)
         elif eligible and not free:
             self._report(self._never_wins, rule, source, eligible)
-        self._assign(free, Route(rule.backend, rule.options, rule.otherwise, source, f"rule {index + 1}"))
+        self._assign(free, Route(rule.backend, rule.encoding, rule.otherwise, source, f"rule {index + 1}"))
 
     def _quantizable(self, matched: Sequence[str]) -> list[str]:
         """The linear layers; convolutions only where there are none, so that wide patterns do not reach them."""
@@ -127,9 +127,9 @@ class _Router:
 
     def fill(self) -> None:
         recipe = self.recipe
-        default = Route(recipe.backend, recipe.options, recipe.otherwise, self.path, "default")
+        default = Route(recipe.backend, recipe.encoding, recipe.otherwise, self.path, "default")
         untouched = Route("keep", {}, "keep", self.path, "not a linear layer")
-        self._keep_from(self.layers.names, recipe.backend, recipe.options)
+        self._keep_from(self.layers.names, recipe.backend, recipe.encoding)
         for name in self.layers.names:
             suits = name in self.linear or recipe.backend == "keep"
             self.routes.setdefault(name, default if suits else untouched)

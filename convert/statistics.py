@@ -8,21 +8,26 @@ model, and how it was run.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bitroute.backends.base import NONE, Statistics, TensorSpec
+from bitroute.convert.checkpoint import Component
+from bitroute.convert.entry import Entry
 from bitroute.convert.layout import StoredTensor, read_header
 from bitroute.convert.reading import read_tensor
+from bitroute.convert.recipe import RecipeFile
 from bitroute.errors import Problem, SourceError
 
 METADATA = "bitroute_statistics"
 FORMAT_VERSION = 1
 KINDS = tuple(kind.name for kind in fields(Statistics))
+OPTIONAL = frozenset({"second_moment"})  # weighs the errors of a search
+SAMPLES = frozenset({"inputs"})  # tell how large inputs get after a rotation
 DIMENSIONS = {"second_moment": 1, "absmax": 1, "hessian": 3, "inputs": 2}
 
 
@@ -44,14 +49,17 @@ class StatisticsFile:
     def kinds(self, component: str, layer: str) -> list[str]:
         return [kind for kind in KINDS if f"{component}/{layer}/{kind}" in self.tensors]
 
-    def of(self, component: str, layer: str) -> Statistics:
-        """What was measured of a layer; NONE where nothing was.
+    def stored(self, component: str, layer: str) -> dict[str, StoredTensor]:
+        """Kind → where what was measured of a layer is."""
+        return {kind: self.tensors[f"{component}/{layer}/{kind}"] for kind in self.kinds(component, layer)}
 
-        Raises:
-            SourceError: the file ends early or cannot be read.
-        """
-        found = {kind: self.tensors[f"{component}/{layer}/{kind}"] for kind in self.kinds(component, layer)}
-        return Statistics(**{kind: read_tensor(tensor) for kind, tensor in found.items()}) if found else NONE
+    def of(self, component: str, layer: str) -> Statistics:
+        """What was measured of a layer; NONE where nothing was. Raises as `read_statistics` does."""
+        return read_statistics(self.stored(component, layer))
+
+    def describe(self) -> dict[str, Any]:
+        """For the record of a job."""
+        return {"file": self.file.name, "model": self.model, "settings": dict(self.settings)}
 
     def misfit(self, component: str, layer: str, columns: int) -> Problem | None:
         """What of a layer's statistics does not fit a weight [out, columns]."""
@@ -88,10 +96,87 @@ def open_statistics(file: Path) -> StatisticsFile:
     return made
 
 
+def read_statistics(stored: Mapping[str, StoredTensor]) -> Statistics:
+    """Kind → the tensor in a file, read; NONE of nothing.
+
+    Raises:
+        SourceError: the file ends early or cannot be read, or holds numbers that nothing can have measured.
+    """
+    found = {kind: read_tensor(tensor) for kind, tensor in stored.items()}
+    for kind, tensor in found.items():
+        negative = kind in ("second_moment", "absmax") and bool((tensor < 0).any())
+        if negative or not tensor.isfinite().all():
+            got = "a negative number" if negative else "NaN or infinity"
+            mend = "the file is damaged: calibrate again"
+            raise SourceError(
+                Problem(f"{stored[kind].name!r} was not measured", str(stored[kind].file), got, next_step=mend)
+            )
+    return Statistics(**found) if found else NONE
+
+
+def statistics_of(recipe: RecipeFile, chosen: str | Path | None) -> StatisticsFile | None:
+    """The chosen file, or the recipe's own, seen from it; None where neither is said.
+
+    Raises:
+        SourceError: as `open_statistics`.
+    """
+    said = recipe.recipe.statistics if recipe.recipe else None
+    if chosen is not None:
+        return open_statistics(Path(chosen).expanduser())
+    if said is None:
+        return None
+    beside = Path(recipe.document.nearest(("statistics",)).file).parent
+    return open_statistics(beside / Path(said).expanduser())
+
+
+def with_statistics(
+    entries: Sequence[Entry], component: Component, file: StatisticsFile | None
+) -> tuple[list[Entry], list[Problem]]:
+    """The entries with what their backends read of the file, and the layers for which it lacks something."""
+    problems, found = _other_model(component, file), list[Entry]()
+    lacking: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        stored = file.stored(component.name, entry.layer) if file and entry.quantized else {}
+        wanted = entry.backend.measured if entry.quantized else frozenset()
+        if missing := ", ".join(sorted(wanted - stored.keys())):
+            lacking.setdefault((entry.where, missing), []).append(entry)
+        if misfit := file.misfit(component.name, entry.layer, entry.weight.shape[1]) if file and stored else None:
+            problems.append(misfit)
+        used = wanted | OPTIONAL | (SAMPLES if "absmax" in wanted else frozenset())
+        found.append(replace(entry, statistics={kind: stored[kind] for kind in KINDS if kind in stored.keys() & used}))
+    return found, [*problems, *(_lacking(missing, group, file) for (_, missing), group in lacking.items())]
+
+
 def metadata(model: str, components: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
     """What `open_statistics` reads back."""
     record = {"format_version": FORMAT_VERSION, "model": model, "components": components, "settings": settings}
     return {METADATA: json.dumps(record)}
+
+
+def _other_model(component: Component, file: StatisticsFile | None) -> list[Problem]:
+    measured = file.components.get(component.name, component.class_name) if file else component.class_name
+    if file is None or measured == component.class_name:
+        return []
+    return [
+        Problem(
+            "the statistics are of another model", str(file.file), f"{measured} as {component.name!r}",
+            component.class_name, "calibrate the model of this recipe",
+        )
+    ]  # fmt: skip
+
+
+def _lacking(missing: str, entries: Sequence[Entry], file: StatisticsFile | None) -> Problem:
+    names = ", ".join(entry.layer for entry in entries[:3])
+    more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
+    if file is None:
+        what, got = f"{entries[0].backend} needs statistics", f"none, for {names}{more}"
+        mend = "`quantize calibrate MODEL --out FILE`, then `--statistics FILE`"
+        return Problem(what, entries[0].where, got, next_step=mend)
+    return Problem(
+        f"{entries[0].backend} needs {missing} of its layer's input", entries[0].where,
+        got=f"{file.file} has none for {names}{more}",
+        next_step="calibrate with these layers and kinds, or give the layers a rule without that method",
+    )  # fmt: skip
 
 
 def _is_named(name: str) -> bool:

@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from bitroute.convert.describe import label
 from bitroute.convert.entry import Entry
 from bitroute.convert.fold import Fold, fold_by
 from bitroute.convert.plan import ComponentPlan, Plan
@@ -140,7 +139,7 @@ def _shown(entry: Entry) -> bool:
 def _key(entry: Entry) -> tuple[str, str, str, str]:
     line = entry.where.rpartition(":")[2]
     reason = f"{entry.reason}, line {line}" if line.isdigit() else entry.reason
-    return (entry.role, reason, label(entry), "×".join(str(n) for n in entry.weight.shape))
+    return (entry.role, reason, str(entry.backend), "×".join(str(n) for n in entry.weight.shape))
 
 
 def _joined(folds: Iterable[tuple[Any, Fold]]) -> Iterable[tuple[Any, str, list[Fold]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from bitroute.convert.fidelity import LayerQuality, Progress, compare_weights
 from bitroute.convert.files import sha256
 from bitroute.convert.opening import open_recorded
 from bitroute.convert.record import Record, RecordedComponent, read_record
-from bitroute.convert.reload import reload
+from bitroute.convert.reload import Reload, reload
 from bitroute.convert.workers import run_all
 from bitroute.errors import BitrouteError, Problem, SourceError
 
@@ -56,7 +56,7 @@ def verify(
     """Checks a checkpoint folder that bitroute wrote.
 
     model: the source to compare with, by default the one that the checkpoint names, if it is there.
-    load: whether to load each component in a fresh process. allow_pickle: as of the job that read such a source.
+    load: whether to load the components in fresh processes. allow_pickle: as of the job that read such a source.
 
     Raises:
         SourceError: the folder is not a finished checkpoint of bitroute, or `model` is no pipeline.
@@ -69,11 +69,8 @@ def verify(
     found.compared = source is not None
     report(0, "hashes")
     _check_hashes(record, found)
-    for recorded in record.components:
-        try:
-            _check_component(recorded, source, load, found, report)
-        except BitrouteError as error:
-            found.problems += error.problems
+    sound = [recorded for recorded in record.components if _check_weights(recorded, source, found, report)]
+    _load(sound, load, found, report)
     if source:
         _check_copies(record.copied, source, found)
         _check_loras(source, found)
@@ -117,22 +114,31 @@ def _check_hashes(record: Record, found: Verification) -> None:
     found.problems += [changed[name] for name in record.files if name in changed]
 
 
-def _check_component(
-    recorded: RecordedComponent, source: Pipeline | None, load: bool, found: Verification, report: Progress
-) -> None:
-    if not _check_tensors(recorded, found):
-        return
-    layers, problems = compare_weights(recorded, source, report)
+def _check_weights(recorded: RecordedComponent, source: Pipeline | None, found: Verification, report: Progress) -> bool:
+    """Whether the component can be loaded: all that was planned is there."""
+    try:
+        if not _check_tensors(recorded, found):
+            return False
+        layers, problems = compare_weights(recorded, source, report)
+    except BitrouteError as error:
+        found.problems += error.problems
+        return False
     found.layers += layers
     found.problems += problems
-    words = "not loaded (--no-load)"
-    if load:
-        report(0, f"{recorded.name}: loading in a fresh process")
-        outcome = reload(recorded)
+    return True
+
+
+def _load(components: Sequence[RecordedComponent], load: bool, found: Verification, report: Progress) -> None:
+    loaded = dict.fromkeys((recorded.name for recorded in components), Reload("not loaded (--no-load)"))
+    if load and components:
+        report(0, f"{', '.join(loaded)}: loading in a fresh process")
+        loaded = reload(components)
+    for recorded in components:
+        outcome = loaded[recorded.name]
         found.problems += outcome.problems
         found.notes += outcome.notes
-        words = outcome.words
-    found.components[recorded.name] = f"{recorded.bits_per_weight:.2f} bits per weight as planned; {words}"
+        planned = f"{recorded.bits_per_weight:.2f} bits per weight as planned"
+        found.components[recorded.name] = f"{planned}; {outcome.words}"
 
 
 def _check_tensors(recorded: RecordedComponent, found: Verification) -> bool:
