@@ -72,7 +72,7 @@ class Element:
         half = rounded.half().view(torch.int16)  # exact, and its bits are the code with a wider mantissa
         codes = (half >> (_F16_MANTISSA_BITS - self.mantissa_bits)).bitwise_and_(self._magnitude)
         codes |= (half >> (16 - self.bits)).bitwise_and_(self._sign)
-        return _pack_nibbles(codes) if self.bits == 4 else _pack_sixes(codes)
+        return pack(codes, self.bits)
 
     def load(self, stored: Tensor) -> Tensor:
         """Stored elements [..., columns(n)] → float32 [..., n], not yet multiplied by their scale."""
@@ -83,8 +83,7 @@ class Element:
 
     def codes(self, stored: Tensor) -> Tensor:
         """Stored elements [..., columns(n)] → their codes, uint8 [..., n]."""
-        unpack = {4: _unpack_nibbles, 6: _unpack_sixes}.get(self.bits)
-        return unpack(stored) if unpack else stored.view(torch.uint8)
+        return unpack(stored, self.bits)
 
     @property
     def _magnitude(self) -> int:
@@ -148,6 +147,18 @@ def least_error(first: Tensor, others: Iterable[Tensor], error: Callable[[Tensor
 def by_row_blocks(rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     """`work` on cache-sized blocks of rows [n, k], joined."""
     return torch.cat([work(block) for block in torch.split(rows, max(1, BLOCK_ELEMENTS // rows.shape[1]))])
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """int16 codes [..., n] of 4, 6 or 8 bits → uint8 [..., n · bits / 8]."""
+    packers = {4: _pack_nibbles, 6: _pack_sixes}
+    return packers[bits](codes) if bits in packers else codes.to(torch.uint8)
+
+
+def unpack(stored: Tensor, bits: int) -> Tensor:
+    """What `pack` made of codes → the codes, uint8 [..., n]."""
+    unpackers = {4: _unpack_nibbles, 6: _unpack_sixes}
+    return unpackers[bits](stored) if bits in unpackers else stored.view(torch.uint8)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:

@@ -186,6 +186,9 @@ class Transformed(Backend):
     def gpu_to_compute(self) -> str:
         return self.inner.gpu_to_compute()
 
+    def emulates(self, device: torch.device) -> bool:
+        return self.inner.emulates(device)
+
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         """The branch of low rank reads the input before it is quantized."""
         if self.method.smooth:

@@ -2,7 +2,8 @@
 
 s = amax / 448, q = E4M3(w / s), ŵ = q · s. An all-zero row gets the scale 1e-12 / 448 where torchao gives NaN.
 Weights of convolutions too, [out, in·kernel], where activations are not quantized.
-Weight-only runs wherever bf16 runs; dynamic activations compute in FP8 (CUDA compute capability 8.9 or newer).
+Weight-only runs wherever bf16 runs; dynamic activations compute in FP8 (CPU, CUDA compute capability 8.9 or newer),
+and are emulated elsewhere; static ones have a scale per tensor, from calibration, and are emulated everywhere.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
+from bitroute.backends._emulation import largest_input, product
 from bitroute.backends._torchao import (
     COMPUTE_DTYPE,
     arithmetic_rows,
@@ -34,6 +36,7 @@ from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Surv
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+INPUT_SCALE = "input_scale"
 AMAX_FLOOR = 1e-12  # below it a row counts as zero; also the floor of a zero activation row
 
 
@@ -45,7 +48,11 @@ class Float8(Backend):
     lowest_sqnr_db = 20.0
 
     granularity: Literal["row", "tensor"] = "row"
-    activations: Literal["none", "dynamic"] = "none"
+    activations: Literal["none", "dynamic", "static"] = "none"
+
+    @property
+    def measured(self) -> frozenset[str]:
+        return frozenset({"absmax"} if self.activations == "static" else ())
 
     def refuse(self, weight: TensorSpec) -> str | None:
         by_row = self.granularity == "row"
@@ -56,17 +63,21 @@ class Float8(Backend):
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         scales = weight.shape[0] if self.granularity == "row" else 1
-        return {
+        specs = {
             "qdata": TensorSpec(weight.shape, E4M3),
             "scale": TensorSpec((scales, 1), torch.float32),
         }
+        return specs | {INPUT_SCALE: TensorSpec((), torch.float32)} if self.activations == "static" else specs
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
+        outputs = {}
+        if self.activations == "static":
+            outputs[INPUT_SCALE] = largest_input(statistics, self.name).clamp(min=AMAX_FLOOR) / E4M3_MAX
         if self.granularity == "row":
-            return Survey()
+            return Survey(outputs=outputs)
         amax = torch.stack([arithmetic_rows(rows).abs().amax() for rows in blocks]).amax().reshape(1, 1)
         scale = Float8Tensor.from_hp(amax, E4M3, PerTensor(), hp_value_lb=AMAX_FLOOR).scale
-        return Survey(outputs={"scale": scale})
+        return Survey(outputs={**outputs, "scale": scale})
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
         rows = arithmetic_rows(rows)
@@ -79,7 +90,10 @@ class Float8(Backend):
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
         return stored["qdata"].float() * stored["scale"]
 
-    def record(self, weight: TensorSpec) -> NativeRecord:
+    def record(self, weight: TensorSpec) -> NativeRecord | None:
+        """None for static activations: torchao's Float8Tensor has no scale for them."""
+        if self.activations == "static":
+            return None
         stored = self.on_meta(weight)
         if self.activations == "none":
             return native_record(self._tensor(stored, weight), Float8WeightOnlyConfig())
@@ -89,12 +103,29 @@ class Float8(Backend):
         return native_record(self._tensor(stored, weight), config)
 
     def gpu_to_compute(self) -> str:
-        return "" if self.activations == "none" else "CUDA compute capability 8.9 (Ada, RTX 40) or MI300"
+        return "" if self.activations != "dynamic" else "CUDA compute capability 8.9 (Ada, RTX 40) or MI300"
+
+    def emulates(self, device: torch.device) -> bool:
+        """torch._scaled_mm multiplies FP8 on the CPU and on the GPUs that have it."""
+        if self.activations != "dynamic" or device.type == "cpu":
+            return self.activations == "static"
+        return device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
 
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activations == "none" or x.numel() == 0:
             return super().linear(x, stored, weight, bias)
+        if self.emulates(x.device):
+            return product(self._quantized(x, stored), self.decode(stored, weight), bias, x.dtype)
         return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)
+
+    def _quantized(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        """x [..., in] as torchao makes it, or with the scale that is stored; float32, without gradient."""
+        if self.activations == "static":
+            scale = stored[INPUT_SCALE]
+            return (x.detach().float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3).float().mul_(scale)
+        found = Float8Tensor.from_hp(x.detach(), E4M3, self._granularity(), hp_value_lb=AMAX_FLOOR)
+        decoded: Tensor = found.dequantize(torch.float32)
+        return decoded
 
     def _granularity(self) -> PerRow | PerTensor:
         return PerRow() if self.granularity == "row" else PerTensor()

@@ -31,9 +31,12 @@ from bitroute.backends._elements import (
     least_error,
     squared_error,
 )
-from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
+from bitroute.backends._emulation import largest_input, product
+from bitroute.backends._rounded import Rounded, Scales
+from bitroute.backends.base import NONE, NativeRecord, Statistics, Survey, TensorSpec
 
 BLOCK = 16
+INPUT_SCALE = "act_per_tensor_scale"  # torchao's name
 SMALLEST_BLOCK_SCALE = 2.0**-6  # E4M3's smallest normal number
 SMALLEST_TENSOR_SCALE = 2.0**-120  # 1 / (tensor scale · block scale) must stay finite
 SEARCH = (-1, 1, -2, 2, 3, 4, 5, 6, 7)  # steps of the E4M3 scale
@@ -41,11 +44,10 @@ SEARCH_WEIGHTED = (*SEARCH, -4, -10)  # the largest element may have next to no 
 
 
 @dataclass(frozen=True)
-class NVFP4(Backend):
-    """NVFP4 weights, and activations if asked.
+class NVFP4(Rounded):
+    """NVFP4 weights, and activations if asked, emulated.
 
-    Quantized activations are emulated on any device: the input is quantized with a tensor scale from its own
-    amax and decoded, and the matrix product runs in the input's dtype with torch's float32 accumulation.
+    Their tensor scale is that of each input's own amax (nvfp4), or of the largest input in calibration (static).
     """
 
     name = "nvfp4"
@@ -54,7 +56,11 @@ class NVFP4(Backend):
     lowest_sqnr_db = 10.0
 
     scale: Literal["absmax", "mse", "four-over-six"] = "absmax"
-    activations: Literal["none", "nvfp4"] = "none"
+    activations: Literal["none", "nvfp4", "static"] = "none"
+
+    @property
+    def measured(self) -> frozenset[str]:
+        return frozenset({"absmax"} if self.activations == "static" else ())
 
     def refuse(self, weight: TensorSpec) -> str | None:
         columns = weight.shape[1]
@@ -64,11 +70,12 @@ class NVFP4(Backend):
 
     def outputs(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         rows, columns = weight.shape
-        return {
+        specs = {
             "qdata": TensorSpec((rows, E2M1.columns(columns)), E2M1.dtype),
             "scale": TensorSpec((rows, columns // BLOCK), E4M3.dtype),
             "per_tensor_scale": TensorSpec((), torch.float32),
         }
+        return specs | {INPUT_SCALE: TensorSpec((), torch.float32)} if self.activations == "static" else specs
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
         amaxes = [block_amax(in_blocks(rows, BLOCK)) for rows in blocks]
@@ -76,18 +83,31 @@ class NVFP4(Backend):
         scale = _tensor_scale(amax, 256.0 if self.scale == "four-over-six" else E4M3.max)
         if self.scale == "mse" and not any(_starved(block, 2 * scale) for block in amaxes):
             scale = 2 * scale
-        return Survey(outputs={"per_tensor_scale": scale})
+        outputs = {"per_tensor_scale": scale}
+        if self.activations == "static":
+            outputs[INPUT_SCALE] = _tensor_scale(largest_input(statistics, self.name), E4M3.max)
+        return Survey(outputs=outputs)
 
-    def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
+    def scales(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> Scales:
         tensor_scale = survey.outputs["per_tensor_scale"]
         blocks = in_blocks(rows, BLOCK)
-        weights = block_weights(statistics.second_moment, BLOCK, rows.device)
         ideal = _ideal_scales(blocks, tensor_scale)
         plain = _e4m3(ideal)
+        if self.scale == "absmax":
+            return (plain,)
+        weights = block_weights(statistics.second_moment, BLOCK, rows.device)
         others = self._candidates(ideal, plain, SEARCH if weights is None else SEARCH_WEIGHTED)
-        scales = _least_error(blocks, tensor_scale, plain, others, weights) if self.scale != "absmax" else plain
-        qdata = E2M1.store(blocks * _reciprocals(scales, tensor_scale).unsqueeze(-1))
-        return {"qdata": qdata.flatten(1), "scale": scales.to(E4M3.dtype)}
+        return (_least_error(blocks, tensor_scale, plain, others, weights),)
+
+    def nearest(self, weights: Tensor, scales: Scales, survey: Survey) -> Tensor:
+        tensor_scale = survey.outputs["per_tensor_scale"]
+        elements = E2M1.nearest(weights * _reciprocals(scales[0], tensor_scale))
+        return elements.mul_(tensor_scale * scales[0])
+
+    def store(self, rows: Tensor, scales: Scales, survey: Survey) -> dict[str, Tensor]:
+        reciprocals = _reciprocals(scales[0], survey.outputs["per_tensor_scale"])
+        qdata = E2M1.store(in_blocks(rows, BLOCK) * reciprocals.unsqueeze(-1))
+        return {"qdata": qdata.flatten(1), "scale": scales[0].to(E4M3.dtype)}
 
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
         parts = []
@@ -111,15 +131,15 @@ class NVFP4(Backend):
         from bitroute.backends._torchao import COMPUTE_DTYPE, native_record
 
         rows, columns = weight.shape
-        quantized_activations = self.activations == "nvfp4"
+        quantized_activations, dynamic = self.activations != "none", self.activations == "nvfp4"
         if quantized_activations and (rows % 16 or columns % 32):
             return None
         config = (
-            NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False)
+            NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False, use_dynamic_per_tensor_scale=dynamic)
             if quantized_activations
             else NVFP4WeightOnlyConfig()
         )
-        activations = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
+        activations = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=dynamic)
         stored = self.on_meta(weight)
         tensor = NVFP4Tensor(
             **stored,
@@ -132,8 +152,13 @@ class NVFP4(Backend):
     def gpu_to_compute(self) -> str:
         return "" if self.activations == "none" else "CUDA compute capability 10.0 (Blackwell)"
 
+    def emulates(self, device: torch.device) -> bool:
+        return self.activations != "none"
+
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
-        return super().linear(x if self.activations == "none" else quantized(x), stored, weight, bias)
+        if self.activations == "none":
+            return super().linear(x, stored, weight, bias)
+        return product(quantized(x, stored.get(INPUT_SCALE)), self.decode(stored, weight), bias, x.dtype)
 
     def _candidates(self, ideal: Tensor, plain: Tensor, steps: tuple[int, ...]) -> Iterator[Tensor]:
         """The E4M3 block scales to try beside the plain ones, as float32."""
@@ -145,17 +170,18 @@ class NVFP4(Backend):
             yield from (E4M3.load((codes + step).clamp_(lowest, highest).to(torch.uint8)) for step in steps)
 
 
-def quantized(x: Tensor) -> Tensor:
-    """x [..., in] as NVFP4 with a scale from its own amax makes it, in its own dtype, without gradient."""
+def quantized(x: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+    """x [..., in] as NVFP4 with a tensor scale, or one from its own amax, makes it; float32, without gradient."""
     if x.numel() == 0:
-        return x
-    tensor_scale = _tensor_scale(x.abs().amax(), E4M3.max)
+        return x.float()
+    if tensor_scale is None:
+        tensor_scale = _tensor_scale(x.abs().amax(), E4M3.max)
 
     def through(rows: Tensor) -> Tensor:
         blocks = in_blocks(rows, BLOCK)
         scales = _e4m3(_ideal_scales(blocks, tensor_scale))
         elements = E2M1.nearest(blocks * _reciprocals(scales, tensor_scale).unsqueeze(-1))
-        return elements.mul_((tensor_scale * scales).unsqueeze(-1)).flatten(1).to(x.dtype)
+        return elements.mul_((tensor_scale * scales).unsqueeze(-1)).flatten(1)
 
     return by_row_blocks(x.detach().reshape(-1, x.shape[-1]), through).reshape(x.shape)
 

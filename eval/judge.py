@@ -13,8 +13,10 @@ from torch import Tensor
 from bitroute.errors import JobError
 from bitroute.eval.apart import Heard
 from bitroute.eval.drift import drift
+from bitroute.eval.emulated import emulated
 from bitroute.eval.gate import Limit
 from bitroute.eval.generate import draw_apart
+from bitroute.eval.recording import PROMPTS
 from bitroute.eval.replay import Replay, replay_apart
 from bitroute.eval.sampling import Sample, Sampling
 from bitroute.eval.scores import Scores, read_pictures, score
@@ -47,6 +49,7 @@ class Yardstick:
     share_text: bool = True
     unrelated_lpips: float | None = None  # of the original's pictures of different prompts
     recorded: Path | None = None  # what the original's denoiser was given and answered; None: pictures only
+    recorded_prompts: int = PROMPTS
     scores: Sequence[Chosen] = ()  # plug-ins that judge each picture alone
 
 
@@ -65,6 +68,7 @@ class Candidate:
     weights: Mapping[str, Any] = field(default_factory=dict)
     drift: Sequence[Mapping[str, Any]] = ()
     standalone: Mapping[str, Any] = field(default_factory=dict)
+    emulated: Sequence[str] = ()  # components whose quantized activations are emulated on this device
 
     @property
     def passed(self) -> bool:
@@ -105,7 +109,8 @@ def _draw(found: Candidate, beside: Yardstick, heard: Heard | None) -> Candidate
     text_from = beside.original if beside.share_text else None
     folder = beside.store / beside.sampling.key(found.model, *([text_from] if text_from else []))
     run = draw(found.model, beside.sampling, beside.samples, folder, text_from, heard)
-    return _tripped(replace(found, run=run), bad_pictures(beside.samples, run.pictures, run.folder))
+    found = replace(found, run=run, emulated=emulated(found.model, beside.sampling.device))
+    return _tripped(found, bad_pictures(beside.samples, run.pictures, run.folder))
 
 
 def _score(found: Candidate, beside: Yardstick) -> Candidate:
@@ -132,7 +137,8 @@ def _replay(found: Candidate, beside: Yardstick, heard: Heard | None) -> Candida
     """Also of a candidate whose pictures are bad: the worst layer says where to look."""
     if found.run is None or beside.recorded is None:
         return found
-    cache = beside.store / f"{beside.sampling.key(found.model, beside.original)}-replayed"
+    asked = f"replayed-{beside.recorded_prompts}"
+    cache = beside.store / f"{beside.sampling.key(found.model, beside.original)}-{asked}"
     found_errors = replay_apart(found.model, beside.original, beside.recorded, beside.sampling, cache, heard)
     return _tripped(replace(found, replay=found_errors), broken_text(found_errors.text))
 

@@ -76,7 +76,7 @@ def _copy_pictures(evaluation: Evaluation, folder: Path) -> None:
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """One sentence per candidate."""
+    """That of each candidate."""
     return " ".join(candidate_verdict(candidate, evaluation) for candidate in evaluation.candidates)
 
 
@@ -86,12 +86,13 @@ def candidate_verdict(candidate: Candidate, evaluation: Evaluation) -> str:
     if candidate.tripwires or scores is None:
         same = " Its pictures are identical to the original's." if candidate.closeness == "identical" else ""
         return f"{name} is rejected: {'; '.join(candidate.tripwires)}.{same}"
+    also = _gate_verdict(candidate, scores) + _label(candidate)
     if candidate.closeness == "identical":
-        return f"{name} draws pictures identical to the original's.{_gate_verdict(candidate, scores)}"
+        return f"{name} draws pictures identical to the original's.{also}"
     near = "is indistinguishable" if candidate.closeness else "differs measurably"
     means = f"PSNR {words('psnr', _mean(scores, 'psnr'))} dB, {_against_floor(candidate, evaluation)}"
     lpips = f"LPIPS {words('lpips', _mean(scores, 'lpips'))}"
-    return f"{name} {near} from the original: {means}; {lpips}.{_gate_verdict(candidate, scores)}"
+    return f"{name} {near} from the original: {means}; {lpips}.{also}"
 
 
 def _against_floor(candidate: Candidate, evaluation: Evaluation) -> str:
@@ -100,6 +101,10 @@ def _against_floor(candidate: Candidate, evaluation: Evaluation) -> str:
         return "where the original drawn again is identical"
     side = f"within {FLOOR_DB:g} dB of" if candidate.closeness else "outside"
     return f"{side} the noise floor of {floor:.1f} dB"
+
+
+def _label(candidate: Candidate) -> str:
+    return f" Activations emulated on this device: {', '.join(candidate.emulated)}." if candidate.emulated else ""
 
 
 def _gate_verdict(candidate: Candidate, scores: Scores) -> str:
@@ -146,6 +151,7 @@ def _candidate(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
         "passed": candidate.passed,
         "closeness": candidate.closeness,
         "tripwires": list(candidate.tripwires),
+        "emulated": list(candidate.emulated),
         "size_bytes": folder_bytes(candidate.model),
         "bits_per_weight": {name: round(8 * part["size_bytes"] / part["parameters"], 3) for name, part in plan.items()},
         "parameters": {name: part["parameters"] for name, part in plan.items()},
