@@ -1,6 +1,6 @@
 """From a recipe to a checkpoint, in the order in which the data goes:
 
-document → validation → recipe      YAML with lines, the schema, all problems at once
+document → validation → schema, recipe  YAML with lines, the schema, all problems at once
 layout → reading → checkpoint       safetensors headers (pickles: of *.bin), blocks of rows, parts of a pipeline
 tracing, text_encoder → single_file one file in its authors' names (configs: the pipeline beside it)
 hub, selection → download           a repository at one commit, the files of its pipeline, an outline for the plan

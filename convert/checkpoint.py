@@ -14,7 +14,7 @@ from bitroute.convert.document import SHOWN, printable
 from bitroute.convert.layout import Header, StoredTensor, read_header
 from bitroute.convert.pickles import read_pickle
 from bitroute.convert.reading import read_json
-from bitroute.convert.recipe import Dequantize
+from bitroute.convert.schema import Dequantize
 from bitroute.convert.shards import index_name, weight_name
 from bitroute.errors import Problem, SourceError, did_you_mean
 

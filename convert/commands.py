@@ -17,7 +17,7 @@ from bitroute.errors import Problem, RecipeError, did_you_mean
 if TYPE_CHECKING:
     from bitroute.convert.checkpoint import Pipeline
     from bitroute.convert.plan import Plan
-    from bitroute.convert.recipe import Recipe
+    from bitroute.convert.schema import Recipe
     from bitroute.convert.upload import Target
     from bitroute.convert.verify import Verification
 
@@ -237,7 +237,7 @@ def push_folder(
 def push_target(planned: Plan, repo: str, accept_license: bool) -> Target:
     """Where `--push`, or else the recipe, puts the result; refused before the job if it cannot be."""
     from bitroute.convert.push import check_push
-    from bitroute.convert.recipe import PushRecipe
+    from bitroute.convert.schema import PushRecipe
     from bitroute.convert.upload import Target
 
     recipe = planned.recipe.recipe

@@ -15,7 +15,8 @@ from bitroute.convert.document import SHOWN, printable
 from bitroute.convert.job import Progress, run
 from bitroute.convert.layout import StoredTensor
 from bitroute.convert.plan import Plan, fetch, named, plan_pipeline
-from bitroute.convert.recipe import Dequantize, RecipeFile
+from bitroute.convert.recipe import RecipeFile
+from bitroute.convert.schema import Dequantize
 from bitroute.convert.shards import VARIANT
 from bitroute.errors import Problem, RecipeError
 

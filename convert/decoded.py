@@ -18,8 +18,8 @@ from bitroute.backends.base import TensorSpec, cast
 from bitroute.convert.checkpoint import Component
 from bitroute.convert.layout import DerivedTensor, StoredTensor
 from bitroute.convert.reading import read_json
-from bitroute.convert.recipe import Dequantize
 from bitroute.convert.record import RecordedComponent, RecordedEntry, read_record
+from bitroute.convert.schema import Dequantize
 from bitroute.errors import BitrouteError, Problem, SourceError
 
 DTYPES = {True: torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -18,7 +18,8 @@ from bitroute.convert.job import Progress, run
 from bitroute.convert.layout import DerivedTensor, StoredTensor, total_bytes
 from bitroute.convert.plan import Plan, plan_pipeline
 from bitroute.convert.reading import read_blocks
-from bitroute.convert.recipe import Dequantize, RecipeFile
+from bitroute.convert.recipe import RecipeFile
+from bitroute.convert.schema import Dequantize
 from bitroute.convert.workers import check_stop, run_all
 from bitroute.convert.writer import ShardWriter
 from bitroute.errors import BackendError, JobError, Problem, RecipeError, SourceError

@@ -26,8 +26,8 @@ from bitroute.convert.fourbit import decode_four_bit
 from bitroute.convert.gguf import read_gguf
 from bitroute.convert.layout import StoredTensor, read_header
 from bitroute.convert.reading import read_tensor
-from bitroute.convert.recipe import Dequantize
 from bitroute.convert.scaled import decode_scaled
+from bitroute.convert.schema import Dequantize
 from bitroute.errors import Problem, SourceError
 
 Tensors = dict[str, StoredTensor]

@@ -23,7 +23,7 @@ from bitroute.convert.layout import total_bytes
 from bitroute.convert.output import begin, claimed
 from bitroute.convert.plan import ComponentPlan, Plan, fetch, plan
 from bitroute.convert.reading import read_blocks
-from bitroute.convert.recipe import Dequantize
+from bitroute.convert.schema import Dequantize
 from bitroute.convert.statistics import read_statistics
 from bitroute.convert.workers import check_stop, run_all
 from bitroute.convert.writer import ShardWriter, is_written

@@ -9,8 +9,9 @@ from bitroute.convert.checkpoint import Pipeline, open_pipeline
 from bitroute.convert.document import sorted_problems
 from bitroute.convert.lora import LoraFile, with_loras
 from bitroute.convert.reading import read_json
-from bitroute.convert.recipe import Dequantize, Recipe, RecipeFile
+from bitroute.convert.recipe import RecipeFile
 from bitroute.convert.record import Record
+from bitroute.convert.schema import Dequantize, Recipe
 from bitroute.errors import Problem, RecipeError, SourceError
 
 

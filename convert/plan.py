@@ -22,8 +22,9 @@ from bitroute.convert.inference import infer
 from bitroute.convert.layout import stored_bytes
 from bitroute.convert.opening import open_model
 from bitroute.convert.profile import ProfileFile, find_profile
-from bitroute.convert.recipe import ComponentRecipe, Dequantize, RecipeFile, read_recipe
+from bitroute.convert.recipe import RecipeFile, read_recipe
 from bitroute.convert.routing import CONVOLUTION, Route, route
+from bitroute.convert.schema import ComponentRecipe, Dequantize
 from bitroute.convert.shards import cut, shard_names
 from bitroute.convert.statistics import StatisticsFile, statistics_of, with_statistics
 from bitroute.convert.workers import cores

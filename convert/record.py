@@ -14,7 +14,7 @@ from bitroute.convert.checkpoint import STEMS, Component
 from bitroute.convert.layout import DTYPES
 from bitroute.convert.lora import LoraFile
 from bitroute.convert.reading import read_json
-from bitroute.convert.recipe import Dequantize
+from bitroute.convert.schema import Dequantize
 from bitroute.convert.seal import check_seal
 from bitroute.convert.shards import VARIANT
 from bitroute.errors import Problem, SourceError

@@ -17,7 +17,7 @@ from bitroute.backends import Kind
 from bitroute.convert.document import MAX_PROBLEMS, KeyPath, shown
 from bitroute.convert.pattern import MAX_WAYS, RANGE, Layers, Pattern
 from bitroute.convert.profile import EVERY_KIND
-from bitroute.convert.recipe import ComponentRecipe, Rule
+from bitroute.convert.schema import ComponentRecipe, Rule
 from bitroute.errors import Problem, RecipeError, did_you_mean
 
 __all__ = ["Route", "route"]

@@ -24,7 +24,7 @@ from bitroute.convert.document import printable
 from bitroute.convert.foreign import read_file
 from bitroute.convert.gguf import read_gguf
 from bitroute.convert.layout import DerivedTensor, Header, StoredTensor, read_header
-from bitroute.convert.recipe import Dequantize
+from bitroute.convert.schema import Dequantize
 from bitroute.convert.text_encoder import convert_text_encoder
 from bitroute.convert.tracing import LooksAtValues, trace
 from bitroute.errors import Problem, SourceError

@@ -14,12 +14,14 @@ import psutil
 import torch
 
 from bitroute.convert.checkpoint import Component
+from bitroute.convert.garbage import NEW_OBJECTS
 from bitroute.convert.plan import LOADING_BYTES, ComponentPlan, Plan
-from bitroute.convert.recipe import Dequantize
 from bitroute.convert.record import Record
+from bitroute.convert.schema import Dequantize
 from bitroute.errors import Problem
 
 IMPORT = "import bitroute  # registers its loader\n"
+SELDOM = f"import gc\ngc.set_threshold({NEW_OBJECTS})\n"  # before the lines that are tried: a matter of seconds only
 CODE = """\
 import torch
 from diffusers import DiffusionPipeline
@@ -119,7 +121,7 @@ def try_loading(folder: Path, record: Record) -> Trial:
     lifted = any(c.container == "bitsandbytes" for c in record.components) and not torch.cuda.is_available()
     code = recorded_code(record, str(folder.resolve()))
     done = subprocess.run(
-        [sys.executable, "-P", "-c", (_lifting() if lifted else "") + code],
+        [sys.executable, "-P", "-c", SELDOM + (_lifting() if lifted else "") + code],
         capture_output=True, text=True, errors="replace", check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip

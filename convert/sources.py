@@ -12,7 +12,7 @@ from bitroute.convert.commands import CONTEXT, JSON, NO_VERIFY, OVERWRITE, RESUM
 
 if TYPE_CHECKING:
     from bitroute.convert.plan import Plan
-    from bitroute.convert.recipe import Dequantize
+    from bitroute.convert.schema import Dequantize
 
 DTYPES: dict[str | None, Dequantize] = {None: True, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

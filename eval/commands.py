@@ -15,13 +15,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from bitroute.convert.plan import Plan
-    from bitroute.convert.recipe import EvalRecipe
+    from bitroute.convert.schema import EvalRecipe
     from bitroute.eval.evaluate import Evaluation
     from bitroute.eval.gate import Limit
     from bitroute.eval.sampling import Sampling
 
 
 Result = tuple[dict[str, Any], str, int]  # for machines, for people, the exit code
+
+CALL = click.option("--call", multiple=True, metavar="NAME=VALUE", help="Any other argument of the pipeline.")
+INPUT = click.option(
+    "--input", "inputs", multiple=True, metavar="NAME=FILE",
+    help="A picture given to the pipeline; a folder has one for each prompt.",
+)  # fmt: skip
+PIPELINE = click.option(
+    "--pipeline", help="Another class of diffusers for the same models, such as FluxImg2ImgPipeline."
+)
+DEVICE = click.option("--device", default="cpu", show_default=True, help="Where the pipelines run: cpu, cuda, mps.")
+THREADS = click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="torch threads; recorded."
+)
 
 
 @click.command("eval", context_settings=CONTEXT)
@@ -32,15 +45,9 @@ Result = tuple[dict[str, Any], str, int]  # for machines, for people, the exit c
 @click.option("--seeds", help="One picture of each prompt per seed: 0,1,2  [default: the recipe's, else 0]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps  [default: the recipe's, else the pipeline's]")
 @click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the recipe's, else the pipeline's]")
-@click.option("--call", multiple=True, metavar="NAME=VALUE", help="Any other argument of the pipeline.")
-@click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="NAME=FILE",
-    help="A picture given to the pipeline; a folder has one for each prompt.",
-)
-@click.option("--pipeline", help="Another class of diffusers for the same models, such as FluxImg2ImgPipeline.")
+@CALL
+@INPUT
+@PIPELINE
 @click.option(
     "--score",
     "scores",
@@ -51,17 +58,21 @@ Result = tuple[dict[str, Any], str, int]  # for machines, for people, the exit c
 @click.option(
     "--gate", help="Limits on the means: lpips<0.1,psnr>28; exit code 3 where one fails  [default: each recipe's own]"
 )
-@click.option("--device", default="cpu", show_default=True, help="Where the pipelines run: cpu, cuda, mps.")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="torch threads; recorded.")
+@DEVICE
+@THREADS
 @click.option("--pictures-only", is_flag=True, help="Leave out the errors of weights, layers, steps and text encoders.")
+@click.option(
+    "--denoiser-prompts", default=16, show_default=True, type=click.IntRange(1),
+    help="For how many of the prompts the denoiser's error is measured.",
+)  # fmt: skip
 @click.option("--own-text", is_flag=True, help="Candidates encode prompts with their own text encoders.")
 @JSON
 @click.pass_context
 def evaluate_folders(
     ctx: click.Context, original: str, quantized: tuple[str, ...], prompts: str | None, out: Path, seeds: str | None,
     steps: int | None, size: str | None, call: tuple[str, ...], inputs: tuple[str, ...], pipeline: str | None,
-    scores: tuple[str, ...], gate: str | None, device: str, threads: int, pictures_only: bool, own_text: bool,
-    as_json: bool,
+    scores: tuple[str, ...], gate: str | None, device: str, threads: int, pictures_only: bool,
+    denoiser_prompts: int, own_text: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Is it still good? QUANTIZED against ORIGINAL.
 
@@ -82,7 +93,10 @@ def evaluate_folders(
         seeds=None if seeds is None else parse_seeds(seeds), call=call_arguments(call, steps, size),
     )  # fmt: skip
     plug_ins = parse_scores(scores)
-    compare = partial(evaluate, share_text=not own_text, denoiser=not pictures_only, scores=plug_ins)
+    compare = partial(
+        evaluate, share_text=not own_text, denoiser=not pictures_only, denoiser_prompts=denoiser_prompts,
+        scores=plug_ins,
+    )  # fmt: skip
     content, text, code = _evaluate(original, quantized, sampling, limits, out, compare)
     show(content, as_json, text)
     ctx.exit(code)
@@ -138,7 +152,7 @@ def _recorded(quantized: str) -> EvalRecipe:
     from pydantic import ValidationError
 
     from bitroute.convert.checkpoint import open_pipeline
-    from bitroute.convert.recipe import EvalRecipe
+    from bitroute.convert.schema import EvalRecipe
     from bitroute.eval.evaluate import provenance_of
 
     record = provenance_of(open_pipeline(quantized).folder) or {}

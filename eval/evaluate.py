@@ -19,7 +19,7 @@ from bitroute.eval.apart import Heard
 from bitroute.eval.calling import check_call
 from bitroute.eval.gate import Limit, parse_gate
 from bitroute.eval.judge import Candidate, Run, Yardstick, draw, judge
-from bitroute.eval.recording import record_apart
+from bitroute.eval.recording import PROMPTS, record_apart
 from bitroute.eval.sampling import Sample, Sampling, library_versions
 from bitroute.eval.scores import Scores, score, unrelated_lpips
 from bitroute.eval.standalone import Chosen, check
@@ -42,15 +42,16 @@ class Evaluation(Yardstick):
 
 def evaluate(
     original: str, quantized: Sequence[str], sampling: Sampling, *, limits: Sequence[Limit] | None = None,
-    share_text: bool = True, denoiser: bool = True, scores: Sequence[Chosen] = (), cache: Path | None = None,
-    progress: Progress | None = None,
+    share_text: bool = True, denoiser: bool = True, denoiser_prompts: int = PROMPTS,
+    scores: Sequence[Chosen] = (), cache: Path | None = None, progress: Progress | None = None,
 ) -> Evaluation:  # fmt: skip
     """Compares quantized pipelines with their original on the same prompts, seeds and settings.
 
     limits: the gate of all candidates; None: that of the recipe that each was made with.
     share_text: every candidate uses the original's text encoders, so that only the other components differ.
     denoiser: also measure the weights, and feed the original's inputs to every candidate's denoiser and text encoders:
-    their error, that of every step, and that of every layer. scores: plug-ins that judge each picture alone.
+    their error, that of every step, and that of every layer; denoiser_prompts: for so many of the prompts.
+    scores: plug-ins that judge each picture alone.
     cache: where pictures are kept, keyed by everything that decides them; by default the user's cache folder.
 
     Raises:
@@ -66,8 +67,8 @@ def evaluate(
     for chosen in scores:
         check(chosen)
     beside = _yardstick(source, sampling, cache or default_cache(), share_text, report)
-    recorded = _record(source, sampling, beside.store, report) if denoiser else None
-    beside = replace(beside, recorded=recorded, scores=scores)
+    recorded = _record(source, sampling, beside.store, denoiser_prompts, report) if denoiser else None
+    beside = replace(beside, recorded=recorded, recorded_prompts=denoiser_prompts, scores=scores)
     candidates = []
     for name, folder in folders.items():
         gate = _recorded_gate(folder) if limits is None else limits
@@ -155,9 +156,9 @@ def _stage(report: Progress, what: str) -> Heard:
     return partial(report, what)
 
 
-def _record(source: Path, sampling: Sampling, store: Path, report: Progress) -> Path:
-    folder = store / f"{sampling.key(source)}-recorded"
-    record_apart(source, sampling, folder, heard=_stage(report, "the original's denoiser"))
+def _record(source: Path, sampling: Sampling, store: Path, prompts: int, report: Progress) -> Path:
+    folder = store / f"{sampling.key(source)}-recorded-{prompts}"
+    record_apart(source, sampling, folder, prompts, heard=_stage(report, "the original's denoiser"))
     return folder
 
 

@@ -32,11 +32,14 @@ from bitroute.eval.patches import patches
 from bitroute.eval.sampling import Sample, Sampling
 
 DENOISERS = ("transformer", "transformer_2", "unet")  # Wan has two transformers, for early and for late steps
+PROMPTS = 16  # recorded by default
 LAYER_SAMPLES = 2
 LAYER_ROWS = 42  # of each call; with three calls of two samples about 256, 1.3 GB for FLUX.1-dev
 
 
-def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 16, heard: Heard | None = None) -> None:
+def record_apart(
+    model: Path, sampling: Sampling, folder: Path, prompts: int = PROMPTS, heard: Heard | None = None
+) -> None:
     """Records the first prompts, with the first seed, in a fresh process.
 
     Raises:
@@ -47,7 +50,7 @@ def record_apart(model: Path, sampling: Sampling, folder: Path, prompts: int = 1
         run_apart("bitroute.eval.recording", request, "the pipeline cannot be recorded", model, heard)
 
 
-def record(model: Path, sampling: Sampling, folder: Path, prompts: int = 16) -> None:
+def record(model: Path, sampling: Sampling, folder: Path, prompts: int = PROMPTS) -> None:
     """Writes `<sample>.safetensors` for each sample, then run.json; an unfinished recording is made again."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import write_index
 
 from bitroute import quantize, verify
 from bitroute.convert import plan as planning
@@ -106,9 +106,9 @@ for name, folder in request["folders"].items():
     if name == "bitroute":
         assert "bitroute" not in sys.modules
         import bitroute
-    model_class = {"transformer": diffusers.FluxTransformer2DModel, "text_encoder": transformers.CLIPTextModel,
-                   "text_encoder_2": transformers.T5EncoderModel}[Path(folder).name]
-    inputs = flux if Path(folder).name == "transformer" else text
+    encoders = {"clip": transformers.CLIPTextModel, "t5": transformers.T5EncoderModel}
+    model_class = encoders.get(name, diffusers.FluxTransformer2DModel)
+    inputs = text if name in encoders else flux
     try:
         answer = same(name, folder, model_class, inputs)
     except Exception as error:
@@ -122,17 +122,30 @@ def recipe(transformer: str) -> str:
     return f"model: builtin:tiny-flux\ncomponents:\n  transformer: {transformer}"
 
 
-ENCODERS = """model: builtin:tiny-flux
-components:
-  text_encoder: {backend: nf4, keep: none, container: bitroute}
-  text_encoder_2: {backend: mxfp4, rules: [{role: attention, backend: float8}]}
-"""
+ENCODERS = {
+    "clip": "{backend: nf4, keep: none, container: bitroute}\n",
+    "t5": "{backend: mxfp4, rules: [{role: attention, backend: float8}]}\n",
+}
+CLASSES = {"clip": ("text_encoder", "CLIPTextModel"), "t5": ("text_encoder_2", "T5EncoderModel")}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, convert: Callable[[str], Path]) -> dict[str, Path]:
+def pipeline(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantized, with a transformer in every container, and the text encoders in that of bitroute."""
+    place, parts = tmp_path_factory.mktemp("pipeline"), {**TRANSFORMERS, **ENCODERS}
+    classes = {name: CLASSES.get(name, ("transformer", "FluxTransformer2DModel")) for name in parts}
+    for name, (component, _) in classes.items():
+        shutil.copytree(tiny / component, place / "source" / name)
+    write_index(place / "source", {name: class_name for name, (_, class_name) in classes.items()})
+    text = "components:\n" + "".join(f"  {name}: {text}" for name, text in parts.items())
+    (place / "recipe.yaml").write_text(text)
+    return quantize(str(place / "recipe.yaml"), str(place / "source"), place / "out")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> dict[str, Path]:
     """Name → component folder; the native containers come before the first that needs `import bitroute`."""
-    made = {name: convert(recipe(TRANSFORMERS[name])) / "transformer" for name in NATIVE}
+    made = {name: pipeline / name for name in NATIVE}
     before, planning.SHARD_BYTES = planning.SHARD_BYTES, 400_000
     try:
         for name in ("torchao", "bitsandbytes-4bit"):
@@ -142,10 +155,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, convert: Callable[[str], P
             made[f"{name}-shards"] = out / "transformer"
     finally:
         planning.SHARD_BYTES = before
-    made["bitroute"] = convert(recipe(TRANSFORMERS["bitroute"])) / "transformer"
-    made["clip"] = convert(ENCODERS) / "text_encoder"
-    made["t5"] = convert(ENCODERS) / "text_encoder_2"
-    return made
+    return made | {name: pipeline / name for name in ("bitroute", *ENCODERS)}
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +174,8 @@ def loaded(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def verified(folders: dict[str, Path]) -> dict[str, Verification]:
-    names = [*TRANSFORMERS, "t5"]
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda name: verify(folders[name].parent), names)
-    return dict(zip(names, found, strict=True))
+def verified(pipeline: Path) -> Verification:
+    return verify(pipeline)
 
 
 @pytest.mark.parametrize("name", [*TRANSFORMERS, "torchao-shards", "bitsandbytes-4bit-shards", "clip", "t5"])
@@ -179,15 +186,15 @@ def test_a_folder_loads_saves_and_loads_again_to_equal_outputs(name: str, loaded
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_verify_loads_a_folder_in_a_process_of_its_own(name: str, verified: dict[str, Verification]) -> None:
-    assert verified[name].problems == []
+def test_verify_loads_a_folder_in_a_process_of_its_own(name: str, verified: Verification) -> None:
+    assert verified.problems == []
     how = "with bitroute" if name == "bitroute" else "without bitroute"
-    assert verified[name].components["transformer"].endswith(f"loaded {how}; forward ok")
+    assert verified.components[name].endswith(f"loaded {how}; forward ok")
 
 
-def test_verify_loads_text_encoders_with_bitroute(verified: dict[str, Verification]) -> None:
-    assert verified["t5"].problems == []
-    assert all(words.endswith("loaded with bitroute; forward ok") for words in verified["t5"].components.values())
+def test_verify_loads_text_encoders_with_bitroute(verified: Verification) -> None:
+    assert verified.problems == []
+    assert all(verified.components[name].endswith("loaded with bitroute; forward ok") for name in ENCODERS)
 
 
 def test_the_container_is_the_one_that_the_name_promises(folders: dict[str, Path]) -> None:
@@ -216,9 +223,8 @@ def test_a_torchao_folder_keeps_its_map_of_layers_through_save_pretrained(
 def test_the_map_of_layers_is_truthful(folders: dict[str, Path]) -> None:
     written = json.loads((folders["torchao"] / "config.json").read_text())["quantization_config"]
     layers = written["quant_type"]["default"]["_data"]["fqn_to_config"]
-    entries = json.loads((folders["torchao"].parent / "bitroute.json").read_text())["plan"]["components"][
-        "transformer"
-    ]["entries"]
+    record = json.loads((folders["torchao"].parent / "bitroute.json").read_text())
+    entries = record["plan"]["components"]["torchao"]["entries"]
     families = {"float8": "Float8", "int8": "Int8", "nvfp4": "NVFP4", "mxfp8": "MX", "mxfp4": "MX"}
     for entry in entries:
         if not entry["name"].endswith(".weight"):

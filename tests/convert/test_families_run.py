@@ -16,7 +16,8 @@ from pipelines import write_pipeline
 
 from bitroute import quantize, verify
 from bitroute.cli import main as command
-from bitroute.convert.recipe import Recipe, family_of, read_recipe
+from bitroute.convert.recipe import family_of, read_recipe
+from bitroute.convert.schema import Recipe
 
 FAMILIES: dict[str, dict[str, Any]] = read("small_pipelines.yaml")
 RECIPES = [f"{family}-{kind}" for family in FAMILIES for kind in ("fp8", "nf4", "mixed")]

@@ -22,8 +22,9 @@ from bitroute.convert.origin import find_origin
 from bitroute.convert.plan import fetch, plan
 from bitroute.convert.push import check_folder, check_push, push
 from bitroute.convert.reading import read_json
-from bitroute.convert.recipe import PushRecipe, read_recipe
+from bitroute.convert.recipe import read_recipe
 from bitroute.convert.record import read_record
+from bitroute.convert.schema import PushRecipe
 from bitroute.convert.seal import sealed
 from bitroute.convert.upload import Target, commit_files, find_target, open_target, stale_files
 from bitroute.convert.verify import verify
@@ -280,13 +281,13 @@ def test_a_link_that_leads_outside_is_refused(me: Hub, output: Path, tmp_path: P
         check_folder(output, Target(REPO))
 
 
-@pytest.mark.parametrize("name", ["vae/config.json", "bitroute.json"])
-def test_a_checkpoint_that_changed_after_it_was_verified_is_refused(me: Hub, output: Path, name: str) -> None:
+def test_a_checkpoint_that_changed_after_it_was_verified_is_refused(me: Hub, output: Path) -> None:
     found = verify(output, load=False)
-    content = read_json(output / name)
-    write_json(output / name, sealed({**content, "another": 1}))
-    with pytest.raises(SourceError, match=f"changed after it was verified[^$]*{name}"):
+    for name in ("vae/config.json", "bitroute.json"):
+        write_json(output / name, sealed({**read_json(output / name), "another": 1}))
+    with pytest.raises(SourceError, match="changed after it was verified") as refused:
         push(output, Target(REPO), verification=found)
+    assert all(name in str(refused.value) for name in ("vae/config.json", "bitroute.json"))
     assert me.repositories == {}
 
 

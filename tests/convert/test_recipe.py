@@ -12,15 +12,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitroute.convert.recipe import (
-    ComponentRecipe,
-    Recipe,
-    RecipeFile,
-    Rule,
-    builtin_recipes,
-    copy_recipe,
-    read_recipe,
-)
+from bitroute.convert.recipe import RecipeFile, builtin_recipes, copy_recipe, read_recipe
+from bitroute.convert.schema import ComponentRecipe, Recipe, Rule
 from bitroute.errors import RecipeError
 
 GOOD = """\

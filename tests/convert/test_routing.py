@@ -12,8 +12,8 @@ from bitroute import backends
 from bitroute.backends import Kind
 from bitroute.convert.document import sorted_problems
 from bitroute.convert.profile import EVERY_KIND
-from bitroute.convert.recipe import ComponentRecipe
 from bitroute.convert.routing import Route, route
+from bitroute.convert.schema import ComponentRecipe
 from bitroute.errors import Problem
 
 DOUBLE, SINGLE = 19, 38

@@ -235,7 +235,7 @@ def test_a_written_variant_is_verified_inspected_and_resumed_as_it_began(written
 
 def test_verify_loads_a_component_of_a_variant(written: Path) -> None:
     recorded = next(recorded for recorded in read_record(written).components if recorded.name == "vae")
-    assert reload(recorded) == Reload("loaded without bitroute; forward ok")
+    assert reload([recorded]) == {"vae": Reload("loaded without bitroute; forward ok")}
 
 
 def test_a_written_variant_is_a_source_again(written: Path, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,19 @@ def test_an_edited_config_that_no_longer_loads_is_named(output: Path) -> None:
     assert "output/transformer: FluxTransformer2DModel does not load" in words(found)
     assert found.components["transformer"].endswith("does not load without bitroute")
     assert "output/text_encoder_2: 24 tensors are unknown to the model after loading" in words(found)
+
+
+def test_a_component_that_ends_its_process_does_not_take_the_next_one_along(output: Path) -> None:
+    others = set(psutil.Process().children())
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(verify, output)
+        while not (children := set(psutil.Process().children()) - others) and not done.done():
+            time.sleep(0.01)
+        children.pop().kill()
+        found = done.result()
+    assert "the loading process ended with -9" in words(found)
+    assert found.components["transformer"].endswith("does not load without bitroute")
+    assert found.components["text_encoder_2"].endswith("loaded without bitroute; forward ok")
 
 
 def test_an_unfinished_folder_and_a_strange_one_are_refused(tmp_path: Path, output: Path) -> None:
