@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
+    from bitroute.calibrate.calibration import calibrate
+    from bitroute.calibrate.search import search
     from bitroute.convert.dequantize import dequantize
     from bitroute.convert.job import quantize
     from bitroute.convert.plan import plan
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "BitrouteError", "Sampling", "__version__", "dequantize", "evaluate", "plan", "quantize", "read_prompts", "verify",
-    "write_report",
+    "BitrouteError", "Sampling", "__version__", "calibrate", "dequantize", "evaluate", "plan", "quantize",
+    "read_prompts", "search", "verify", "write_report",
 ]  # fmt: skip
 
 _HOMES = {
@@ -39,6 +41,7 @@ _HOMES = {
     "plan": "bitroute.convert.plan",
     "quantize": "bitroute.convert.job",
     "read_prompts": "bitroute.eval.sampling",
+    "search": "bitroute.calibrate.search",
     "verify": "bitroute.convert.verify",
     "write_report": "bitroute.eval.report",
 }
@@ -55,6 +58,8 @@ def __getattr__(name: str) -> Any:
         )
 
         value: Any = version("bitroute")
+    elif name == "calibrate":
+        value = import_module("bitroute.calibrate")  # the folder's own name: it is callable
     elif name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import io
 import json
 import os
@@ -19,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bitroute.calibrate.commands import calibrate_model
+from bitroute.calibrate.search_command import search_recipe
 from bitroute.convert import commands as around_a_job
 from bitroute.convert import sources
 from bitroute.convert.commands import CONTEXT, JSON, VARIANT, run_verification
 from bitroute.convert.conversion_command import SHARD_SIZE, convert_model
+from bitroute.convert.garbage import collect_seldom
 from bitroute.convert.noise import quiet
 from bitroute.errors import BitrouteError, Problem
 from bitroute.eval import commands as evaluation
@@ -54,7 +55,7 @@ class _Command(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         verbose = ctx.params.get("verbose", 0)
-        atexit.register(gc.freeze)  # collecting torch's and diffusers' objects at the end takes 1.5 s, for nothing
+        collect_seldom()
         if not verbose:
             quiet()
         for stream in (sys.stdout, sys.stderr):
@@ -132,6 +133,7 @@ def _print_problems(error: BitrouteError) -> None:
 @click.option("--config", help="The pipeline that a single file belongs to: for all that it lacks.")
 @VARIANT
 @SHARD_SIZE
+@click.option("--statistics", help="What `quantize calibrate` measured of this model, instead of the recipe's file.")
 @click.option("--dequantize", is_flag=True, help="Read what is already quantized as bf16: the errors of both add up.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu, cuda, mps.")
 @click.option("--no-verify", is_flag=True, help="Do not verify the result.")
@@ -148,7 +150,7 @@ def _print_problems(error: BitrouteError) -> None:
 def main(
     ctx: click.Context, recipe: str | None, model: str | None, out: Path | None, dry_run: bool,
     overwrite: bool, resume: bool, allow_pickle: bool, config: str | None, variant: str | None,
-    shard_size: int | None, dequantize: bool, device: str, no_verify: bool, evaluated: bool,
+    shard_size: int | None, statistics: str | None, dequantize: bool, device: str, no_verify: bool, evaluated: bool,
     pushed: str | None, accept_license: bool, as_json: bool, verbose: int,
 ) -> None:  # fmt: skip
     """Quantize a diffusers pipeline: a recipe in, a checkpoint that diffusers loads out.
@@ -174,7 +176,7 @@ def main(
     check_device(device)
     planned = plan(
         recipe, model, allow_pickle=allow_pickle, dequantize=dequantize, config=config, shard_bytes=shard_size,
-        variant=variant,
+        variant=variant, statistics=statistics,
     )  # fmt: skip
     target = None if pushed is None else around_a_job.push_target(planned, pushed, accept_license)
     wanted = evaluated or (target and planned.recipe.recipe and planned.recipe.recipe.eval)
@@ -256,6 +258,7 @@ COMMANDS = (
     around_a_job.verify_folder, around_a_job.push_folder, around_a_job.show_profile, around_a_job.show_doctor,
     sources.dequantize_model, convert_model,
     evaluation.evaluate_folders, evaluation.compare_folders,
+    calibrate_model, search_recipe,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -31,18 +31,16 @@ class Table:
         """numbers: float32 [16] in [-1, 1], ascending; codes: uint8 [16], what is stored for them."""
         self.numbers, self.codes, device = numbers, codes, numbers.device
         self.bounds = bounds = (numbers[1:] + numbers[:-1]) / 2
-        infinite = torch.full((1,), torch.inf, device=device)
-        self.lower, self.upper = torch.cat([-infinite, bounds]), torch.cat([bounds, infinite])
-        centers = torch.arange(-BINS, BINS + 1, device=device) / BINS
-        self.places = torch.bucketize(centers, bounds, out_int32=True)
+        self.upper = torch.cat([bounds, torch.full((1,), torch.inf, device=device)])
+        edges = torch.arange(-BINS, BINS + 1, device=device) / BINS
+        self.places = torch.bucketize(edges, bounds, out_int32=True)
         self.rough = self.numbers[self.places]
 
     def nearest(self, values: Tensor) -> Tensor:
         """float32 [...] → places of the nearest numbers, int32 [...]; exact, a tie goes to the lower one."""
-        bins = (values * BINS).clamp_(-BINS, BINS).add_(BINS + 0.5).to(torch.int32)
-        places = _looked_up(self.places, bins)  # the bin of a bound holds values of both sides
+        bins = (values * BINS).floor_().clamp_(-BINS, BINS).add_(BINS).to(torch.int32)
+        places = _looked_up(self.places, bins)  # of the lower edge of a bin; there may be a bound in it
         places += values > _looked_up(self.upper, places)
-        places -= (values <= _looked_up(self.lower, places)).int()
         return places
 
     def roughly_nearest(self, values: Tensor, scratch: Tensor) -> Tensor:
@@ -56,8 +54,8 @@ class Table:
 
     def read_back(self, weights: Tensor, scales: Tensor) -> Tensor:
         """number · scale for float32 weights [...] and scales that broadcast to them; a scale of zero gives zeros."""
-        reciprocals = (1.0 / scales).nan_to_num_(posinf=0.0, neginf=0.0)
-        return _looked_up(self.numbers, self.nearest(weights * reciprocals)).mul_(scales)
+        factors = (1.0 / scales).nan_to_num_(posinf=0.0, neginf=0.0)
+        return _looked_up(self.numbers, self.nearest(weights * factors)).mul_(scales)
 
     def pack(self, values: Tensor) -> Tensor:
         """[...] in row-major order → the codes of the nearest, two to a byte, the first in the high half, [·, 1]."""
