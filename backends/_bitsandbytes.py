@@ -35,7 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitroute.backends._elements import block_weights, in_blocks
 from bitroute.backends._rounded import Rounded, Scales
-from bitroute.backends._table import Blocks, table
+from bitroute.backends._table import Blocks, read_back, table
 from bitroute.backends.base import NONE, NativeRecord, Statistics, Survey, TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -118,7 +118,7 @@ class FourBit(Rounded):
         return (blocks.search(levels.read(survey.rowwise["absmax"]), levels.nearest),)
 
     def nearest(self, weights: Tensor, scales: Scales, survey: Survey) -> Tensor:
-        return table(self.quant_type, weights.device).read_back(weights, scales[0])
+        return read_back(table(self.quant_type, weights.device).numbers, weights, scales[0])
 
     def store(self, rows: Tensor, scales: Scales, survey: Survey) -> dict[str, Tensor]:
         blocks = Blocks(in_blocks(rows, self.block), table(self.quant_type, rows.device), None)

@@ -52,15 +52,20 @@ class Table:
         torch.index_select(self.rough, 0, scratch.view(-1), out=values.view(-1))
         return values
 
-    def read_back(self, weights: Tensor, scales: Tensor) -> Tensor:
-        """number · scale for float32 weights [...] and scales that broadcast to them; a scale of zero gives zeros."""
-        factors = (1.0 / scales).nan_to_num_(posinf=0.0, neginf=0.0)
-        return _looked_up(self.numbers, self.nearest(weights * factors)).mul_(scales)
-
     def pack(self, values: Tensor) -> Tensor:
         """[...] in row-major order → the codes of the nearest, two to a byte, the first in the high half, [·, 1]."""
         codes = _looked_up(self.codes, self.nearest(values.flatten()))
         return (codes[::2] << 4).bitwise_or_(codes[1::2]).unsqueeze(1)
+
+
+def read_back(numbers: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """The nearest number · scale for float32 weights [...] and scales that broadcast to them; few at a time.
+
+    numbers: ascending. A scale of zero gives zeros; a tie goes to the lower number, as `Table.nearest` has it.
+    """
+    units = (1.0 / scales).nan_to_num_(posinf=0.0, neginf=0.0)
+    places = torch.bucketize(weights * units, (numbers[1:] + numbers[:-1]) / 2)
+    return numbers[places] * scales
 
 
 @cache

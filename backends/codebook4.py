@@ -19,7 +19,7 @@ from torch import Tensor
 from bitroute.backends._codebook import Mirrored, as_table, learn, search
 from bitroute.backends._elements import E4M3, block_amax, block_weights, in_blocks
 from bitroute.backends._rounded import Rounded, Scales
-from bitroute.backends._table import Blocks
+from bitroute.backends._table import Blocks, read_back
 from bitroute.backends.base import NONE, Statistics, Survey, TensorSpec
 
 SAMPLE = 2**17  # weights that the book is learned from
@@ -76,7 +76,7 @@ class Codebook4(Rounded):
         return (search(blocks, survey.outputs["per_tensor_scale"]),)
 
     def nearest(self, weights: Tensor, scales: Scales, survey: Survey) -> Tensor:
-        return as_table(survey.outputs["book"]).read_back(weights, scales[0])
+        return read_back(survey.outputs["book"], weights, scales[0])
 
     def store(self, rows: Tensor, scales: Scales, survey: Survey) -> dict[str, Tensor]:
         blocks = Blocks(in_blocks(rows, self.block), as_table(survey.outputs["book"]), None)

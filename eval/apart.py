@@ -13,6 +13,7 @@ from subprocess import PIPE
 from tempfile import TemporaryFile
 from typing import Any
 
+from bitroute.convert.garbage import collect_seldom
 from bitroute.convert.noise import quiet
 from bitroute.errors import JobError, Problem
 
@@ -60,6 +61,7 @@ def tell(done: int, total: int) -> None:
 def answer(work: Callable[[dict[str, Any]], object]) -> None:
     """The other side: does the work that stdin asks for; what the libraries raise becomes one line on stderr."""
     quiet()
+    collect_seldom()
     request = json.load(sys.stdin)
     try:
         work(request)

@@ -196,7 +196,7 @@ def _call_errors(candidate: Path, name: str, tapes: Sequence[Recorded], sampling
     component = open_pipeline(str(candidate)).components.get(name)
     if component is None:
         raise JobError(Problem(f"the candidate has no {name!r}", str(candidate), expected="the original's components"))
-    model = _load(component, sampling.device)
+    model = load_model(component, sampling.device)
     for prompt, tape in enumerate(tapes):
         for call in tape.calls:
             if call["denoiser"] != name:
@@ -208,7 +208,7 @@ def _call_errors(candidate: Path, name: str, tapes: Sequence[Recorded], sampling
         tell(prompt + 1, len(tapes))
 
 
-def _load(component: Component, device: str) -> Any:
+def load_model(component: Component, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     import diffusers
     import transformers
 
@@ -217,7 +217,7 @@ def _load(component: Component, device: str) -> Any:
     if not torch.cuda.is_available():
         lift_gpu_check()
     model_class = getattr(diffusers if component.library == "diffusers" else transformers, component.class_name)
-    model, info = model_class.from_pretrained(component.folder, dtype=torch.bfloat16, output_loading_info=True)
+    model, info = model_class.from_pretrained(component.folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # the libraries give them random values and only warn
         what = f"{len(missing)} tensors of {component.name!r} are not in the checkpoint"
         raise JobError(Problem(what, str(component.folder.parent), got=", ".join(missing[:3])))
@@ -259,7 +259,7 @@ def _text_errors(
 
 
 def _text_error(component: Component, tapes: Sequence[Recorded], sampling: Sampling) -> Json:
-    model, errors, prompts = _load(component, sampling.device), [], []
+    model, errors, prompts = load_model(component, sampling.device), [], []
     for prompt, tape in enumerate(tapes):
         for call in tape.texts:
             if call["encoder"] == component.name:

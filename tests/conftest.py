@@ -15,8 +15,11 @@ import hollow
 import pytest
 from hub import Hub
 
+from bitroute.convert.garbage import collect_seldom
+
 # no test asks the network or looks into the user's own cache, unless it has a hub of its own
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path(__file__).with_name("no-hf-home"))}
+collect_seldom()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, and threads on small tensors wait
 for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_TOKEN_PATH", "HF_ENDPOINT", "HUGGINGFACE_HUB_CACHE"):
     os.environ.pop(name, None)

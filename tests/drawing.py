@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import runpy
 import subprocess
@@ -44,6 +45,7 @@ def _draw(folder: str, facts: Facts) -> dict[str, Any] | str:
 
 
 def main() -> None:
+    gc.set_threshold(100_000)  # importing and building models makes few cycles that are garbage
     runpy.run_path(str(LOADING))["lift_gpu_check"]()
     plain, with_bitroute = json.load(sys.stdin)
     answers = {folder: _draw(folder, facts) for folder, facts in plain.items()}

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from diffusers import PriorTransformer
 from sizes import full_size
 
+from bitroute.cli import main
 from bitroute.convert.recipe import builtin_recipes, family_of
 from bitroute.convert.recommend import recommend
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+def command(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
 
 
-def test_recommend_ends_with_what_to_type(command: Command) -> None:
+def test_recommend_ends_with_what_to_type() -> None:
     done = command("recommend", "builtin:tiny-flux", "--vram", "12GB")
-    assert done.returncode == 0
+    assert done.exit_code == 0
     assert "(as it is): the smallest error of those whose weights all fit" in done.stdout
     assert done.stdout.rstrip().endswith("pipeline.to('cuda')")
     small = command("recommend", "builtin:tiny-flux", "--vram", "0.5", "--reserve", "0.493", "--json")
@@ -28,21 +30,21 @@ def test_recommend_ends_with_what_to_type(command: Command) -> None:
     assert advice["best"] == "flux-int8" and (offload["(as it is)"], offload["flux-int8"]) == ("blocks", "model")
 
 
-def test_a_class_without_recipes_gets_one_to_save(command: Command, tmp_path: Path) -> None:
+def test_a_class_without_recipes_gets_one_to_save(tmp_path: Path) -> None:
     model = PriorTransformer(num_attention_heads=2, attention_head_dim=32, num_layers=2, embedding_dim=32)
     model.save_pretrained(tmp_path / "model" / "prior")
     index = {"_class_name": "DiffusionPipeline", "prior": ["diffusers", "PriorTransformer"]}
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     done = command("recommend", tmp_path / "model", "--vram", "0.1", "--reserve", "0.09995")
-    assert done.returncode == 0 and "no built-in recipe is made for it; save this as" in done.stdout
+    assert done.exit_code == 0 and "no built-in recipe is made for it; save this as" in done.stdout
     assert "components:\n  prior: {backend: " in done.stdout
 
 
-def test_a_pipeline_without_a_denoiser_is_refused(command: Command, source: Path) -> None:
+def test_a_pipeline_without_a_denoiser_is_refused(source: Path) -> None:
     index = json.loads((source / "model_index.json").read_text())
     (source / "model_index.json").write_text(json.dumps({**index, "transformer": [None, None]}))
     done = command("recommend", source, "--vram", "12")
-    assert done.returncode == 2 and "nothing here denoises" in done.stderr
+    assert done.exit_code == 2 and "nothing here denoises" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -54,12 +56,12 @@ def test_a_pipeline_without_a_denoiser_is_refused(command: Command, source: Path
         ([], "Missing option '--vram'"),
     ],
 )
-def test_a_card_that_cannot_be_meant_is_refused(words: list[str], said: str, command: Command) -> None:
+def test_a_card_that_cannot_be_meant_is_refused(words: list[str], said: str) -> None:
     done = command("recommend", "builtin:tiny-flux", *words)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_listing_groups_the_recipes_by_family(command: Command) -> None:
+def test_the_listing_groups_the_recipes_by_family() -> None:
     lines = command("recipes", "list").stdout.splitlines()
     headings = [line.partition(":")[0] for line in lines if line and not line.startswith(" ")]
     assert headings == sorted({family_of(name) for name in builtin_recipes()})
@@ -74,8 +76,8 @@ def test_of_two_families_of_one_class_the_one_that_fits_is_advised(family: str, 
     assert {family_of(name) for name in names} == {"", family} and others not in {family_of(name) for name in names}
 
 
-def test_one_family_is_listed_alone_and_an_unknown_one_is_named(command: Command) -> None:
+def test_one_family_is_listed_alone_and_an_unknown_one_is_named() -> None:
     listed = json.loads(command("recipes", "list", "wan22", "--json").stdout)
     assert set(listed) == {f"wan22-{kind}" for kind in ("fp8", "int8", "mixed", "nf4", "nvfp4")}
     done = command("recipes", "list", "wan23")
-    assert done.returncode == 2 and "no family 'wan23'" in done.stderr and "did you mean" in done.stderr
+    assert done.exit_code == 2 and "no family 'wan23'" in done.stderr and "did you mean" in done.stderr

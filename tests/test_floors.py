@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ OUTSIDE = {"tests", "docs", "benchmarks", "build", "dist"}  # not part of the in
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
 
+@cache
 def python_files() -> list[Path]:
     """Every source file of the repository; not what tools have left beside it."""
     found = []
@@ -27,6 +29,11 @@ def python_files() -> list[Path]:
     return found
 
 
+@cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def name_of(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
@@ -37,7 +44,7 @@ def packaged_files() -> list[Path]:
 
 def imports(file: Path) -> Iterator[tuple[int, str, int]]:
     """Line, module and number of leading dots of every import, wherever it stands."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -104,9 +111,8 @@ def test_every_package_folder_is_listed_for_the_wheel() -> None:
 
 @pytest.mark.parametrize("file", python_files(), ids=name_of)
 def test_files_and_functions_stay_short(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < LONGEST_FILE
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert len(file.read_text(encoding="utf-8").splitlines()) < LONGEST_FILE
+    functions = [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 

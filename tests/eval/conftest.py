@@ -86,8 +86,9 @@ def twin(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def small_text(convert: Callable[[str], Path]) -> Path:
-    """Only its T5 is quantized, and coarsely."""
-    return convert("model: builtin:tiny-flux\ncomponents:\n  text_encoder_2: {backend: mxfp4}\n")
+    """Only its T5 is quantized, and coarsely, activations included."""
+    chosen = "{backend: mxfp4, options: {activations: mxfp8}, container: bitroute}"
+    return convert(f"model: builtin:tiny-flux\ncomponents:\n  text_encoder_2: {chosen}\n")
 
 
 def _scores_of(lpips: Sequence[float], psnr: Sequence[float] | None = None, seeds: int = 1) -> Scores:

@@ -1,4 +1,4 @@
-"""docs/report.md and docs/compare.md explain report.json and compare.json as they are written."""
+"""One evaluation that measures all there is; docs/report.md and docs/compare.md explain what is written of it."""
 
 from __future__ import annotations
 
@@ -78,3 +78,29 @@ def test_every_key_of_the_comparison_is_documented_and_every_documented_key_is_w
 ) -> None:
     content = compare_reports([write(report(candidate("fp8", 0.1), candidate("nf4", 0.2)))], tmp_path / "out")
     assert general(content, NAMED_BY_THE_COMPARISON) == {key for key, _ in rows("compare.md")}
+
+
+def test_the_denoiser_is_judged_on_the_originals_inputs(measured: Evaluation) -> None:
+    replay = measured.candidates[0].replay
+    assert replay is not None
+    steps = [step["relative_error"] for step in replay.trajectory["timesteps"]]
+    assert len(steps) == measured.sampling.call["num_inference_steps"]
+    assert all(0.005 < error < 0.1 for error in steps)
+    assert len(replay.layers) == 52
+    assert replay.layers[0]["relative_error"] < 0.05
+
+
+def test_a_quantized_text_encoder_has_an_error_though_the_pictures_used_the_originals(measured: Evaluation) -> None:
+    (found,) = measured.candidates
+    assert measured.share_text and found.replay is not None
+    assert found.replay.text.keys() == {"text_encoder_2"}
+    assert 0.03 < found.replay.text["text_encoder_2"]["relative_error"] < 0.2
+
+
+def test_the_weights_and_the_drift_are_measured_too(measured: Evaluation) -> None:
+    (found,) = measured.candidates
+    assert found.weights.keys() == {"transformer", "text_encoder_2"}
+    assert 0.02 < found.weights["transformer"]["relative_error"] < 0.03
+    assert found.weights["text_encoder_2"]["relative_error"] > 0.1
+    assert [step["step"] for step in found.drift] == list(range(measured.sampling.call["num_inference_steps"]))
+    assert all(0 < step["relative_error"] < 0.1 for step in found.drift)
