@@ -28,9 +28,10 @@ def order(hessian: Tensor) -> Tensor:
 
 def factor(hessian: Tensor, channels: Tensor) -> Tensor:
     """The upper Cholesky factors [n, b, b] of the inverses of the damped blocks, rows and columns in that order."""
-    sorted_rows = hessian.gather(1, channels.unsqueeze(-1).expand_as(hessian))
-    ordered = sorted_rows.gather(2, channels.unsqueeze(1).expand_as(hessian))
-    return torch.stack([_factor(block) for block in ordered])
+    factors = torch.empty_like(hessian)
+    for index, places in enumerate(channels):
+        factors[index] = _factor(hessian[index, places.unsqueeze(1), places])
+    return factors
 
 
 def compensated(rows: Tensor, hessian: Tensor, channels: Tensor, factors: Tensor, nearest: Nearest) -> Tensor:
@@ -43,8 +44,8 @@ def compensated(rows: Tensor, hessian: Tensor, channels: Tensor, factors: Tensor
         place = index * size + channels[index]
         found[:, place] = _compensate(rows[:, place], factors[index], place, nearest)
         plain_error = output_error(plain[:, span] - rows[:, span], hessian[index])
-        worse = output_error(found[:, span] - rows[:, span], hessian[index]) >= plain_error
-        found[:, span] = torch.where(worse.unsqueeze(1), plain[:, span], found[:, span])
+        better = output_error(found[:, span] - rows[:, span], hessian[index]) < plain_error  # NaN is not
+        found[:, span] = torch.where(better.unsqueeze(1), found[:, span], plain[:, span])
     return found
 
 
@@ -72,13 +73,18 @@ def _compensate(rows: Tensor, factors: Tensor, places: Tensor, nearest: Nearest)
 
 
 def _factor(hessian: Tensor) -> Tensor:
+    """Of one block [b, b], which is overwritten: a full one is as large as the layer."""
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    unit = torch.eye(len(hessian), device=hessian.device)
+    hessian.div_(mean)
     for damp in DAMPS:
-        lower, failed = torch.linalg.cholesky_ex(hessian / mean + damp * unit)
+        damped = hessian.clone()
+        damped.diagonal().add_(damp)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
+            torch.cholesky_inverse(lower, out=damped)
+            del lower
             upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
             if not failed:
                 return upper
-    return unit
+    return torch.eye(len(hessian), device=hessian.device)

@@ -12,9 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bitroute.errors import BackendError, Problem
+
 REFITS = 3
 OVERSAMPLING, ITERATIONS, SEED = 16, 4, 0  # of the randomized SVD (arXiv 0909.4061, algorithm 4.4)
 DTYPE = torch.bfloat16
+TOO_LARGE = Problem(
+    "the weight has no branch of low rank", got="numbers whose squares do not fit float32",
+    next_step="give the layer a rule without low_rank",
+)  # fmt: skip
 
 
 def split(
@@ -22,16 +28,17 @@ def split(
 ) -> tuple[Tensor, Tensor]:
     """U and V for a float32 weight [out, in]; through: the rest → what is read back for it."""
     roots = _roots(second_moment, weight)
-    target, best, least = weight, None, torch.inf
+    product, best, least = weight * roots, None, torch.inf
     for _ in range(1 + REFITS):
-        up, down = _approximate(target * roots, rank)
+        up, down = _approximate(product, rank)
         down = (down / roots).to(DTYPE)
-        branch = up.float() @ down.float()
-        stored = through(weight - branch)
-        error = (weight - branch).sub_(stored).mul_(roots).square_().sum().item()
+        rest = (up.float() @ down.float()).neg_().add_(weight)
+        stored = through(rest)
+        error = rest.sub_(stored).mul_(roots).square_().sum().item()
+        del rest  # of the size of the weight, as are `product` and `stored`
         if best is None or error < least:
             best, least = (up, down), error
-        target = weight - stored
+        product = stored.neg_().add_(weight).mul_(roots)
     assert best is not None
     return best
 
@@ -45,8 +52,15 @@ def _roots(second_moment: Tensor | None, weight: Tensor) -> Tensor:
 
 
 def _approximate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best U (in its dtype) and V (float32) of this rank, singular values in halves on both sides."""
-    left, values, right = _svd(weight, rank)
+    """The best U (in its dtype) and V (float32) of this rank, singular values in halves on both sides.
+
+    Raises:
+        BackendError: LAPACK finds none, of numbers whose squares do not fit float32.
+    """
+    try:
+        left, values, right = _svd(weight, rank)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise BackendError(TOO_LARGE) from None
     halves = values.sqrt()
     up = (left * halves).to(DTYPE)
     return up, halves.unsqueeze(1) * right

@@ -39,9 +39,9 @@ class Method:
     """rotate: channels in a block. smooth: how much of the input's range moves into the weight. low_rank: the rank."""
 
     rotate: Literal[16, 32, 64, 128] | None = None
-    smooth: Annotated[float, Field(gt=0, le=1)] | None = None
-    low_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    gptq: bool = False
+    smooth: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    low_rank: Annotated[int, Field(ge=1, le=1024, strict=True)] | None = None
+    gptq: Annotated[bool, Field(strict=True)] = False
 
     @property
     def said(self) -> dict[str, Any]:
@@ -94,9 +94,15 @@ class Transformed(Backend):
         return self.inner.kind
 
     @property
+    def quantizes_activations(self) -> bool:
+        return self.inner.quantizes_activations
+
+    @property
     def measured(self) -> frozenset[str]:
         asked = {"absmax": self.method.smooth, "hessian": self.method.gptq}
-        return self.inner.measured | {kind for kind, wanted in asked.items() if wanted}
+        found = self.inner.measured | {kind for kind, wanted in asked.items() if wanted}
+        rotated = self.method.rotate and "absmax" in self.inner.measured  # only samples tell how large those get
+        return found | {"inputs"} if rotated else found
 
     def __str__(self) -> str:
         method = [name if value is True else f"{name} {value}" for name, value in self.method.said.items()]
@@ -114,6 +120,12 @@ class Transformed(Backend):
         if self.method.low_rank and self.method.low_rank > min(rows, columns):
             return f"its rank is at most {min(rows, columns)}, not {self.method.low_rank}"
         return super().refuse(weight) or self.inner.refuse(_inside(weight))
+
+    def refuse_statistics(self, measured: Mapping[str, TensorSpec]) -> str | None:
+        hessian, block = measured.get("hessian"), self.method.rotate
+        if hessian and block and hessian.shape[1] % block:
+            return f"its Hessian has blocks of {hessian.shape[1]}, no multiple of {block}, the block to rotate"
+        return None
 
     def refuse_convolution(self) -> str | None:
         return self.inner.refuse_convolution()
@@ -151,6 +163,7 @@ class Transformed(Backend):
         rows: Iterable[Tensor] = (self._into(block, mine) for block in blocks)
         if self.method.low_rank:
             whole = torch.cat(list(rows))
+            blocks = []
             up, down = split(whole, self.method.low_rank, statistics.second_moment, self._round_trip(statistics))
             mine = dataclasses.replace(mine, outputs={**mine.outputs, DOWN: down}, rowwise={UP: up})
             rows = torch.split(whole - up.float() @ down.float(), _rows_of_block(whole))
@@ -179,6 +192,10 @@ class Transformed(Backend):
         if self.method.rotate:
             decoded = rotate(decoded, self.method.rotate)
         return decoded / stored[SMOOTH] if self.method.smooth else decoded
+
+    def importance(self, stored: Mapping[str, Tensor]) -> Tensor | None:
+        """Smoothed channels are rounded as W S, and their inputs divided by S."""
+        return stored[SMOOTH] if self.method.smooth else self.inner.importance(stored)
 
     def record(self, weight: TensorSpec) -> NativeRecord | None:
         return None if self.method.stores else self.inner.record(weight)
@@ -211,12 +228,26 @@ class Transformed(Backend):
                 )
             )
 
+        found = {kind: getattr(statistics, kind) for kind in self.measured}
+        forms = {kind: TensorSpec(tuple(tensor.shape), tensor.dtype) for kind, tensor in found.items()}
+        if refusal := self.refuse_statistics(forms):
+            raise BackendError(Problem(f"{self} cannot use these statistics", got=refusal))
+
     def _into(self, rows: Tensor, survey: Survey) -> Tensor:
-        """Rows of W as rows of W S R, float32."""
+        """Rows of W as rows of W S R, float32.
+
+        Raises:
+            BackendError: a product does not fit float32.
+        """
         rows = rows.float()
         if self.method.smooth:
             rows = rows * survey.outputs[SMOOTH].to(rows.device)
-        return rotate(rows, self.method.rotate) if self.method.rotate else rows
+        if self.method.rotate:
+            rows = rotate(rows, self.method.rotate)
+        if (self.method.smooth or self.method.rotate) and not rows.sum().isfinite() and not rows.isfinite().all():
+            raise BackendError(Problem("the weight does not fit float32 once it is smoothed or rotated",
+                                       next_step="give the layer a rule without smooth and rotate"))  # fmt: skip
+        return rows
 
     def _measured_inside(self, statistics: Statistics, survey: Survey) -> Statistics:
         """Of x S⁻¹ R; how large a rotated input gets, only samples of it tell."""

@@ -26,7 +26,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 def rotate(values: Tensor, block: int) -> Tensor:
     """values [..., in] · R in float32; twice is the identity up to rounding."""
     signs = hadamard(block, values.device)
-    blocks = values.float().reshape(*values.shape[:-1], -1, block)
+    blocks = values.float().reshape(*values.shape[:-1], values.shape[-1] // block, block)
     return (blocks @ signs).mul_(1 / math.sqrt(block)).reshape(values.shape)
 
 

@@ -30,4 +30,4 @@ def smoothing(blocks: Iterable[Tensor], absmax: Tensor, alpha: float) -> Tensor:
 def divide_hessian(hessian: Tensor, smooth: Tensor) -> Tensor:
     """S⁻¹ H S⁻¹ of a block-diagonal H [n, b, b]."""
     scales = smooth.to(hessian.device).reshape(hessian.shape[:2])
-    return hessian / scales.unsqueeze(1) / scales.unsqueeze(2)
+    return (hessian / scales.unsqueeze(1)).div_(scales.unsqueeze(2))

@@ -148,7 +148,12 @@ class Backend(ABC):
         bits = 8 * sum(spec.size_bytes for spec in self.outputs(weight).values()) / weight.numel
         if bits < 7:
             return "4-bit"
-        return "8-bit" if getattr(self, "activations", "none") == "none" else "w8a8"
+        return "w8a8" if self.quantizes_activations else "8-bit"
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the layer rounds its input too, so that the decoded weight alone does not tell its error."""
+        return getattr(self, "activations", "none") != "none"
 
     @property
     def measured(self) -> frozenset[str]:
@@ -160,6 +165,10 @@ class Backend(ABC):
         if not weight.dtype.is_floating_point:
             return f"its weight is {weight.dtype}, not a float"
         return f"its weight is empty, {list(weight.shape)}" if weight.numel == 0 else None
+
+    def refuse_statistics(self, measured: Mapping[str, TensorSpec]) -> str | None:
+        """Why it cannot encode by what was measured, which fits the weight: kind → its form; None where it can."""
+        return None
 
     def refuse_convolution(self) -> str | None:
         """Why this format cannot hold the weight of a convolution, or None where it decodes it as any other."""
@@ -203,6 +212,10 @@ class Backend(ABC):
     @abstractmethod
     def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
         """The weight [out, in] in float32 that the stored tensors stand for."""
+
+    def importance(self, stored: Mapping[str, Tensor]) -> Tensor | None:
+        """What the errors of each input channel [in] are multiplied by before they are judged; None for all alike."""
+        return None
 
     def record(self, weight: TensorSpec) -> NativeRecord | None:
         """How the native container stores it, or None where only the bitroute container can run it."""
@@ -297,6 +310,6 @@ def _bad_option(backend: str, detail: Mapping[str, Any]) -> Problem:
     option = ".".join(str(part) for part in detail["loc"]) or "options"
     return Problem(
         f"backend {backend!r}: option {option!r} is not valid",
-        got=repr(detail["input"]),
+        got=repr(detail["input"])[:100],
         expected=str(detail["msg"]),
     )

@@ -71,10 +71,10 @@ TEXT = """\
 <!-- written by: python benchmarks/errors.py -->
 
 Relative error of the decoded weights, ||W - Ŵ|| / ||W||, in percent. The first three columns are float32 matrices
-{shape} of independent numbers of unit scale, the last one all {layers} linear layers in the blocks of tiny-flux's
+{shape} of independent numbers of scale 0.02, the last one all {layers} linear layers in the blocks of tiny-flux's
 transformer, trained and in bf16; a dash where a layer is not a multiple of the block. Bits are those of a weight
 {shape}, with all scales. Time is that of quantizing such a weight, on one core, as a multiple of `nvfp4`'s.
-The goal is what Gaussian weights of standard deviation 0.02 may err by at most; tests/backends/test_ceilings.py
+The goal is what the Gaussian weights may err by at most; tests/backends/test_ceilings.py
 holds it.
 
 {table}
@@ -82,7 +82,7 @@ holds it.
 The rows in italics are the libraries' own arithmetic. How far a search can go is the format's limit: `mse` of the
 NVFP4 and MX formats finds the least error of all scales that a block can have (with NVFP4, of all normal E4M3
 numbers under the tensor's scale; tests/backends/test_search.py tries them). With powers of two as scales the limit
-depends on where the weights lie between them: for MXFP4 it is {mxfp4} % over the standard deviations 1 to 2.
+depends on where the weights lie between them: for MXFP4 it is {mxfp4} % over the standard deviations 0.02 to 0.04.
 For NF4 in blocks of 64 the least over all positive factors of the largest magnitude, in steps of 0.01, is
 8.484 % on Gaussian weights. Negative scales, which mirror its table, would reach 8.26 %; `nf4` does not use them.
 `codebook4` does, and learns its table: of Gaussian weights in blocks of 16 the best of many long runs from other
@@ -121,9 +121,9 @@ def mxfp4_limits() -> str:
 
 def synthetic() -> Iterator[tuple[str, Tensor]]:
     torch.manual_seed(0)
-    yield "Gaussian", torch.randn(SHAPE)
-    yield "Laplace", torch.distributions.Laplace(0.0, 1.0).sample(SHAPE)
-    yield "Student-t(5)", torch.distributions.StudentT(5.0).sample(SHAPE)
+    yield "Gaussian", 0.02 * torch.randn(SHAPE)
+    yield "Laplace", 0.02 * torch.distributions.Laplace(0.0, 1.0).sample(SHAPE)
+    yield "Student-t(5)", 0.02 * torch.distributions.StudentT(5.0).sample(SHAPE)
 
 
 def trained() -> list[Tensor]:

@@ -23,11 +23,11 @@ from bitroute.calibrate.unfinished import Accumulators, Facts, place_of, restore
 from bitroute.convert.bare import check_draws
 from bitroute.convert.checkpoint import Pipeline, open_pipeline
 from bitroute.convert.files import make_folder
-from bitroute.convert.job import check_device
+from bitroute.convert.job import check_device, no_access
 from bitroute.convert.reading import read_tensor
 from bitroute.convert.statistics import metadata, open_statistics
 from bitroute.convert.writer import ShardWriter
-from bitroute.errors import BitrouteError, JobError, Problem, RecipeError
+from bitroute.errors import BitrouteError, JobError, Problem, RecipeError, SourceError
 from bitroute.eval.calling import check_call, parameters, run_pipeline
 from bitroute.eval.generate import load
 from bitroute.eval.sampling import Sampling, files_in, library_versions
@@ -149,7 +149,9 @@ def _check_output(planned: Planned, overwrite: bool, resume: bool) -> None:
     if out.is_dir() or planned.pipeline.folder.resolve() in out.resolve().parents:
         got = "a folder" if out.is_dir() else "a file inside the model"
         raise RecipeError(Problem("the statistics cannot go there", str(out), got, next_step="give another --out"))
-    if overwrite or resume:
+    if out.exists() and (overwrite or resume):
+        _check_replaceable(out)
+    elif overwrite or resume:
         pass
     elif unfinished.is_file():
         mend = "--resume to go on, --overwrite to begin anew"
@@ -165,6 +167,15 @@ def _check_output(planned: Planned, overwrite: bool, resume: bool) -> None:
             Problem("the disk is too full", str(folder), f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB",
                     "give a smaller --budget, or --out on another disk")
         )  # fmt: skip
+
+
+def _check_replaceable(out: Path) -> None:
+    """Only what a calibration wrote is replaced: somebody else's file can be all there is of it."""
+    try:
+        open_statistics(out)
+    except SourceError as error:
+        mend = "give another --out, or remove the file yourself"
+        raise RecipeError(Problem("another file is there", str(out), error.problems[0].what, next_step=mend)) from error
 
 
 def run(
@@ -186,7 +197,8 @@ def run(
         accumulators = {layer.key: Accumulator(layer, planned.measures.rows) for layer in planned.measures.layers}
         done = restore(planned.out, facts, accumulators) if unfinished.is_file() else 0
         _measure(planned, facts, accumulators, done, report, save_seconds)
-        found = _write(planned, facts, accumulators)
+        with _writing(planned.out):
+            found = _write(planned, facts, accumulators)
         unfinished.unlink(missing_ok=True)
         return found
 
@@ -220,7 +232,8 @@ def _measure(
                 capture.begin(number)
                 run_pipeline(pipe, planned.sampling, sample, **options)
                 if time.monotonic() - saved >= save_seconds:
-                    save(planned.out, facts, accumulators, number + 1)
+                    with _writing(planned.out):
+                        save(planned.out, facts, accumulators, number + 1)
                     saved = time.monotonic()
 
 
@@ -275,6 +288,18 @@ def _said(planned: Planned) -> Iterator[None]:
 
 
 @contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Half a file would take the room that the next try needs."""
+    try:
+        yield
+    except OSError as error:
+        for file in (out, place_of(out)):
+            with suppress(OSError):
+                file.with_name(f"{file.name}.part").unlink()
+        raise JobError(no_access(error, out)) from error
+
+
+@contextmanager
 def _threads(wanted: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(wanted)
@@ -295,6 +320,8 @@ def _locked(out: Path) -> Iterator[None]:
     except Timeout:
         mend = "wait for it, or give another --out"
         raise RecipeError(Problem("another calibration is writing this file", str(out), next_step=mend)) from None
+    except OSError as error:
+        raise JobError(no_access(error, out)) from error
     try:
         yield
     finally:

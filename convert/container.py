@@ -23,6 +23,7 @@ class Container(ABC):
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]  # what loading needs beside torch and the component's own library
     device: ClassVar[str] = ""  # what loading needs of the machine
+    mixes: ClassVar[bool] = True  # whether layers may have different formats of its family
 
     def names(self, entry: Entry) -> dict[str, str]:
         """Output suffix → stored tensor name."""
@@ -95,7 +96,7 @@ class Bitsandbytes(Container):
 class Quanto(Container):
     """One type per component; diffusers only, and diffusers 1.0 drops it."""
 
-    name, packages = "quanto", ("optimum-quanto",)
+    name, packages, mixes = "quanto", ("optimum-quanto",), False
 
     def config(self, entries: Sequence[Entry]) -> dict[str, Any]:
         config = next(_record_config(entry) for entry in entries if entry.quantized)

@@ -123,6 +123,7 @@ def _entry(plan: ComponentPlan, entry: Entry) -> dict[str, Any]:
         "options": entry.backend.options,
         "shape": list(entry.weight.shape),
         **({"source_shape": list(entry.source.spec.shape)} if len(entry.source.spec.shape) > 2 else {}),
+        **({"statistics": list(entry.statistics)} if entry.statistics else {}),
         "dtype": CODES[entry.weight.dtype],
         "bits_per_weight": round(entry.bits_per_weight, 4),
         "tensors": {

@@ -6,6 +6,8 @@ the YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema), so `no`
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shlex
 import stat
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 from yaml.composer import ComposerError
@@ -27,6 +30,7 @@ __all__ = [
     "KeyPath",
     "Value",
     "as_comments",
+    "check_new",
     "compose",
     "parse",
     "printable",
@@ -186,10 +190,35 @@ def write_new(text: str, place: Path, name: str) -> Path:
     try:
         place = place / name if place.is_dir() else place
         with open(place, "x", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+            _write_or_remove(text, stream, place)
     except (OSError, ValueError) as error:
         raise RecipeError(_not_written(place, error)) from error
     return place
+
+
+def _write_or_remove(text: str, stream: TextIO, place: Path) -> None:
+    """Half a file, on a full disk, would be in the way of the next try."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BaseException:
+        place.unlink()
+        raise
+
+
+def check_new(place: Path) -> None:
+    """Raises RecipeError where `write_new` could not write such a file, as far as that shows without writing."""
+    try:
+        place.lstat()
+    except FileNotFoundError as missing:
+        if not place.parent.is_dir():
+            raise RecipeError(_not_written(place, FileNotFoundError(missing.errno, "no such folder"))) from None
+        if not os.access(place.parent, os.W_OK):
+            raise RecipeError(_not_written(place, PermissionError(errno.EACCES, "the folder is read-only"))) from None
+        return
+    except (OSError, ValueError) as error:
+        raise RecipeError(_not_written(place, error)) from error
+    raise RecipeError(_not_written(place, FileExistsError()))
 
 
 def _not_written(place: Path, error: OSError | ValueError) -> Problem:

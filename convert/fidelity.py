@@ -23,7 +23,7 @@ Progress = Callable[[int, str], None]  # stored bytes done since the last call, 
 
 @dataclass(frozen=True)
 class LayerQuality:
-    """A stored weight ŵ beside its source w."""
+    """A stored weight ŵ beside its source w, both times the backend's importance of each input channel."""
 
     component: str
     layer: str
@@ -82,11 +82,11 @@ def _check(
     if not entry.quantized:
         same = original is None or _is_copy(component, entry, original)
         return None, None if same else _bad_layer(component, entry, "other values than the source", "an exact copy")
-    decoded = _decode(component, entry)
-    quality = _compare(component.name, entry, decoded, original) if original else None
+    decoded, importance = _decode(component, entry)
+    quality = _compare(component.name, entry, decoded, importance, original) if original else None
     if not (math.isfinite(quality.noise) if quality else decoded.isfinite().all()):
         return None, _bad_layer(component, entry, "NaN or infinite values", "finite weights")
-    lowest = entry.backend.lowest_sqnr_db
+    lowest = entry.lowest_sqnr_db
     if quality and quality.sqnr_db < lowest:
         expected = f"at least {lowest:.0f} dB for {entry.backend.name}"
         return quality, _bad_layer(component, entry, f"SQNR {quality.sqnr_db:.1f} dB", expected)
@@ -99,13 +99,15 @@ def _originals(source: Pipeline, name: str) -> dict[str, StoredTensor]:
     return build(source.components[name]).sources
 
 
-def _decode(component: Component, entry: RecordedEntry) -> Tensor:
-    """[out, in], float32."""
+def _decode(component: Component, entry: RecordedEntry) -> tuple[Tensor, Tensor | None]:
+    """[out, in], float32, and the importance of the input channels [in]."""
     stored = {suffix: read_tensor(component.tensors[name]) for suffix, (name, _) in entry.tensors.items()}
-    return entry.backend.decode(stored, entry.weight)
+    return entry.backend.decode(stored, entry.weight), entry.backend.importance(stored)
 
 
-def _compare(component: str, entry: RecordedEntry, decoded: Tensor, original: StoredTensor) -> LayerQuality:
+def _compare(
+    component: str, entry: RecordedEntry, decoded: Tensor, importance: Tensor | None, original: StoredTensor
+) -> LayerQuality:
     """The source is read in blocks of rows; no temporary is larger than one, and sums are in float64."""
     signal = noise = largest = 0.0
     bounds = list(entry.backend.block_bounds(entry.weight))
@@ -113,6 +115,8 @@ def _compare(component: str, entry: RecordedEntry, decoded: Tensor, original: St
         check_stop()
         rows = block.float()
         error = decoded[start:stop] - rows
+        if importance is not None:
+            error, rows = error * importance, rows * importance
         low, high = error.aminmax()
         largest = max(largest, -low.item(), high.item())
         signal += _energy(rows)

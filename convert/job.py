@@ -77,7 +77,7 @@ def run(
             if found:
                 _write(plan, out, found, torch.device(device), progress or (lambda done, what: None))
         except OSError as error:
-            raise JobError(_no_access(error, out)) from error
+            raise JobError(no_access(error, out)) from error
     return found is not None
 
 
@@ -98,7 +98,8 @@ def _write(plan: Plan, out: Path, journal: Journal, device: torch.device, report
     journal.finish(out, _hashes(out, [name for name in journal.files if name != DONE]))
 
 
-def _no_access(error: OSError, out: Path) -> Problem:
+def no_access(error: OSError, out: Path) -> Problem:
+    """Of a file that a job, or a calibration, reads or writes."""
     full = error.errno in FULL
     mend = "make room (or allow larger files)" if full else "mend that"
     return Problem(

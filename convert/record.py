@@ -19,6 +19,8 @@ from bitroute.convert.seal import check_seal
 from bitroute.convert.shards import VARIANT
 from bitroute.errors import Problem, SourceError
 
+WEIGHTED_DB = 5.0
+
 
 @dataclass(frozen=True)
 class RecordedEntry:
@@ -30,6 +32,7 @@ class RecordedEntry:
     weight: TensorSpec
     tensors: dict[str, tuple[str, TensorSpec]]  # suffix → stored name and what it must be
     source_shape: tuple[int, ...] = ()  # of a convolution, which backends see as rows
+    statistics: bool = False  # whether the rounding knew what the inputs are like
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> RecordedEntry:
@@ -44,11 +47,16 @@ class RecordedEntry:
         shape = tuple(int(n) for n in entry.get("source_shape", weight.shape))
         if math.prod(shape) != weight.numel:
             raise ValueError(f"a weight {list(shape)} seen as {list(weight.shape)}")
-        return cls(entry["name"], entry["layer"], backend, weight, tensors, shape)
+        return cls(entry["name"], entry["layer"], backend, weight, tensors, shape, bool(entry.get("statistics")))
 
     @property
     def quantized(self) -> bool:
         return self.backend.name != "keep"
+
+    @property
+    def lowest_sqnr_db(self) -> float:
+        """Below it a layer is not healthy; with statistics, weights that meet small inputs may err more."""
+        return self.backend.lowest_sqnr_db - (WEIGHTED_DB if self.statistics else 0)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,15 @@ _METHOD = (
 _OTHERWISE = "What happens to a layer whose shape the backend cannot hold: `refuse` the plan, or `keep` the layer."
 
 
+def _without_method(options: dict[str, Any]) -> dict[str, Any]:
+    if "method" in options:
+        raise refused("'method' is no option", "`method: {…}` beside `options`, on its own line")
+    return options
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_without_method)]
+
+
 def _encoding(options: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "method": method} if method else dict(options)
 
@@ -100,7 +109,7 @@ class Rule(_Strict):
         "(attention, feed-forward, modulation, embedder, output), or every `convolution`.",
     )
     backend: BackendName = Field(description=_BACKEND)
-    options: dict[str, Any] = Field({}, description=_OPTIONS)
+    options: Options = Field({}, description=_OPTIONS)
     method: dict[str, Any] = Field({}, description=_METHOD)
     otherwise: Otherwise = Field("refuse", description=_OTHERWISE)
 
@@ -121,7 +130,7 @@ class ComponentRecipe(_Strict):
     """How one component of the pipeline is converted."""
 
     backend: BackendName = Field("keep", description="The backend of every linear layer that no rule takes.")
-    options: dict[str, Any] = Field({}, description=_OPTIONS)
+    options: Options = Field({}, description=_OPTIONS)
     otherwise: Otherwise = Field("refuse", description=_OTHERWISE)
     method: dict[str, Any] = Field({}, description=_METHOD)
     keep: Annotated[Literal["profile", "none"] | list[str], BeforeValidator(_known_keep)] = Field(

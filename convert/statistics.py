@@ -8,6 +8,7 @@ model, and how it was run.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bitroute.backends.base import NONE, Statistics, TensorSpec
+from bitroute.backends.base import ARITHMETIC_DTYPES, NONE, Statistics, TensorSpec
 from bitroute.convert.checkpoint import Component
 from bitroute.convert.entry import Entry
 from bitroute.convert.layout import StoredTensor, read_header
@@ -28,6 +29,7 @@ FORMAT_VERSION = 1
 KINDS = tuple(kind.name for kind in fields(Statistics))
 OPTIONAL = frozenset({"second_moment"})  # weighs the errors of a search
 SAMPLES = frozenset({"inputs"})  # tell how large inputs get after a rotation
+LEAST_MOMENT = 0.01  # of a channel, of the mean
 DIMENSIONS = {"second_moment": 1, "absmax": 1, "hessian": 3, "inputs": 2}
 
 
@@ -99,6 +101,9 @@ def open_statistics(file: Path) -> StatisticsFile:
 def read_statistics(stored: Mapping[str, StoredTensor]) -> Statistics:
     """Kind → the tensor in a file, read; NONE of nothing.
 
+    No channel's mean square is taken as less than a hundredth of their mean: what the prompts of a calibration did not
+    use others may, and its weights must stay what they were.
+
     Raises:
         SourceError: the file ends early or cannot be read, or holds numbers that nothing can have measured.
     """
@@ -111,6 +116,9 @@ def read_statistics(stored: Mapping[str, StoredTensor]) -> Statistics:
             raise SourceError(
                 Problem(f"{stored[kind].name!r} was not measured", str(stored[kind].file), got, next_step=mend)
             )
+    if "second_moment" in found:
+        moments = found["second_moment"]
+        found["second_moment"] = moments.clamp(min=LEAST_MOMENT * moments.mean().item())
     return Statistics(**found) if found else NONE
 
 
@@ -122,11 +130,11 @@ def statistics_of(recipe: RecipeFile, chosen: str | Path | None) -> StatisticsFi
     """
     said = recipe.recipe.statistics if recipe.recipe else None
     if chosen is not None:
-        return open_statistics(Path(chosen).expanduser())
+        return open_statistics(Path(os.path.expanduser(chosen)))
     if said is None:
         return None
     beside = Path(recipe.document.nearest(("statistics",)).file).parent
-    return open_statistics(beside / Path(said).expanduser())
+    return open_statistics(beside / os.path.expanduser(said))
 
 
 def with_statistics(
@@ -142,6 +150,8 @@ def with_statistics(
             lacking.setdefault((entry.where, missing), []).append(entry)
         if misfit := file.misfit(component.name, entry.layer, entry.weight.shape[1]) if file and stored else None:
             problems.append(misfit)
+        elif refusal := entry.backend.refuse_statistics({kind: stored[kind].spec for kind in wanted & stored.keys()}):
+            problems.append(_unusable(entry, refusal))
         used = wanted | OPTIONAL | (SAMPLES if "absmax" in wanted else frozenset())
         found.append(replace(entry, statistics={kind: stored[kind] for kind in KINDS if kind in stored.keys() & used}))
     return found, [*problems, *(_lacking(missing, group, file) for (_, missing), group in lacking.items())]
@@ -179,6 +189,12 @@ def _lacking(missing: str, entries: Sequence[Entry], file: StatisticsFile | None
     )  # fmt: skip
 
 
+def _unusable(entry: Entry, refusal: str) -> Problem:
+    mend = "calibrate with a larger --budget, or give the layer a rule without that method"
+    return Problem(f"{entry.backend} cannot use the statistics of layer {entry.layer!r}", entry.where, refusal,
+                   next_step=mend)  # fmt: skip
+
+
 def _is_named(name: str) -> bool:
     parts = name.split("/")
     return len(parts) == 3 and parts[2] in (*KINDS, "rows")
@@ -190,7 +206,9 @@ def _fits(kind: str, spec: TensorSpec, columns: int) -> bool:
         return False
     if kind == "hessian":
         return spec.dtype == torch.float32 and shape[0] * shape[1] == columns and shape[1] == shape[2]
-    return shape[-1] == columns and (kind == "inputs" or spec.dtype == torch.float32)
+    if kind == "inputs":
+        return shape[0] > 0 and shape[1] == columns and spec.dtype in ARITHMETIC_DTYPES
+    return shape[-1] == columns and spec.dtype == torch.float32
 
 
 def _no_statistics(file: Path, got: str) -> SourceError:

@@ -227,6 +227,8 @@ def test_shapes_that_a_method_cannot_hold_are_refused() -> None:
     [
         ("nvfp4", {"rotate": 33}, "16, 32, 64 or 128"),
         ("nvfp4", {"low_rank": 0}, "greater than or equal to 1"),
+        ("nvfp4", {"low_rank": True}, "valid integer"),
+        ("nvfp4", {"gptq": "yes"}, "valid boolean"),
         ("nvfp4", {"spin": 1}, "rotate, smooth, low_rank and gptq"),
         ("nvfp4", ["gptq"], "a mapping"),
         ("nf4", {"gptq": True}, "say `scale: mse`"),
@@ -245,3 +247,22 @@ def test_a_method_without_its_statistics_says_how_to_get_them(weight: Tensor) ->
         create("nvfp4", method={"gptq": True, "smooth": 0.5}).quantize(weight)
     assert "no absmax, hessian" in str(refusal.value)
     assert "quantize calibrate" in str(refusal.value)
+
+
+@pytest.mark.parametrize("method", [{"rotate": 32}, {"smooth": 1.0}, {"low_rank": 4}])
+def test_a_method_whose_numbers_leave_float32_says_so(method: dict[str, Any], statistics: Statistics) -> None:
+    weight = torch.full((4, IN), torch.finfo(torch.float32).max)
+    with pytest.raises(BackendError, match=r"does not fit float32|do not fit float32"):
+        create("int4", method=method).quantize(weight, statistics)
+
+
+def test_compensation_whose_errors_overflow_leaves_the_plain_rounding(statistics: Statistics) -> None:
+    weight = torch.randn(4, IN, generator=torch.Generator().manual_seed(3)).sign() * torch.finfo(torch.float32).max
+    plain, tried = create("int4").quantize(weight), create("int4", method={"gptq": True}).quantize(weight, statistics)
+    assert all(torch.equal(plain[name], tried[name]) for name in plain)
+
+
+def test_a_layer_with_a_method_takes_an_input_without_rows(statistics: Statistics) -> None:
+    backend, weight = create("int4", method=METHODS[-1]), torch.ones(8, IN)
+    stored = backend.quantize(weight, statistics)
+    assert backend.linear(torch.empty(0, 5, IN), stored, spec_of(weight), None).shape == (0, 5, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -160,6 +161,29 @@ def test_a_model_that_has_changed_is_another_one(source: Path, sampling: Samplin
 def test_two_calibrations_do_not_write_one_file(sampling: Sampling, tmp_path: Path) -> None:
     with FileLock(tmp_path / ".s.safetensors.bitroute.lock"), pytest.raises(RecipeError, match="another calibration"):
         calibrate(TINY, tmp_path / "s.safetensors", sampling)
+
+
+@pytest.mark.parametrize("way", ["overwrite", "resume"])
+def test_somebody_elses_file_is_never_replaced(way: str, sampling: Sampling, tmp_path: Path) -> None:
+    mine = tmp_path / "photo.png"
+    mine.write_bytes(b"mine")
+    place_of(mine).write_bytes(b"")
+    ways: dict[str, bool] = {way: True}
+    with pytest.raises(RecipeError, match="another file is there"):
+        calibrate(TINY, mine, sampling, **ways, **SMALL)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_full_disk_ends_with_what_to_do_and_leaves_no_half_file(sampling: Sampling, tmp_path: Path) -> None:
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+        with pytest.raises(JobError, match="there is no room for a file"):
+            calibrate(TINY, tmp_path / "stats.safetensors", sampling, **SMALL)
+
+    process = get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and not list(tmp_path.iterdir())
 
 
 def test_a_layer_that_is_given_nan_is_named_with_the_step(source: Path, sampling: Sampling, tmp_path: Path) -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from bitroute.convert.document import MAX_CHAIN, MAX_PROBLEMS, parse, printable, read_text, shown, sorted_problems
+from bitroute.convert.document import (
+    MAX_CHAIN,
+    MAX_PROBLEMS,
+    check_new,
+    parse,
+    printable,
+    read_text,
+    shown,
+    sorted_problems,
+    write_new,
+)
 from bitroute.convert.recipe import read_recipe
 from bitroute.errors import Problem, RecipeError
 
@@ -151,3 +161,25 @@ def test_a_large_recipe_full_of_errors_is_answered_quickly(tmp_path: Path, text:
         problems = list(error.problems)
     assert time.monotonic() - started < 5
     assert len(problems) <= MAX_PROBLEMS + 1
+
+
+def test_what_cannot_be_written_whole_is_not_left_half_written(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot write the file"):
+        write_new("a: 1\n" * 10_000 + "\ud800", tmp_path / "r.yaml", "r.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "word"),
+    [
+        ("r.yaml", "exists already"), ("dangling", "exists already"), ("none/r.yaml", "no such folder"),
+        ("r.yaml/s.yaml", "cannot write"), ("x" * 300, "cannot write"), (".", "exists already"),
+    ],
+)  # fmt: skip
+def test_where_no_new_file_can_be_is_known_beforehand(tmp_path: Path, place: str, word: str) -> None:
+    (tmp_path / "r.yaml").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(RecipeError, match=word):
+        check_new(tmp_path / place)
+    check_new(tmp_path / "new.yaml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "r.yaml"]

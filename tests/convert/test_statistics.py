@@ -42,7 +42,7 @@ def write(file: Path, classes: dict[str, str] = CLASSES, width: int = 0, **chang
         x = torch.randn(300, columns, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, columns)
         hessian = x.T @ x / len(x)
         found = {"hessian": hessian[None], "second_moment": hessian.diagonal().clone(), "absmax": x.abs().amax(0)}
-        tensors |= {f"transformer/{layer}/{kind}": tensor for kind, tensor in {**found, **changed}.items()}
+        tensors |= {f"transformer/{layer}/{kind}": tensor.clone() for kind, tensor in {**found, **changed}.items()}
     save_file(tensors, file, metadata("builtin:tiny-flux", classes, {"prompts": 3}))
     return file
 
@@ -135,6 +135,35 @@ def test_numbers_that_nothing_can_have_measured_stop_the_job_with_their_name(tmp
     assert f"{LAYERS[1]}/second_moment" in words
 
 
+@pytest.mark.parametrize(
+    ("method", "changed", "words"),
+    [
+        ("{rotate: 64, gptq: true}", {"hessian": torch.eye(16).repeat(12, 1, 1)}, "blocks of 16, no multiple of 64"),
+        ("{gptq: true}", {"inputs": torch.ones(0, 192)}, "does not fit its weight"),
+        ("{gptq: true}", {"inputs": torch.ones(2, 192).to(torch.float8_e4m3fn)}, "does not fit its weight"),
+    ],
+)
+def test_statistics_that_a_method_cannot_read_are_refused_by_the_plan(
+    method: str, changed: dict[str, Tensor], words: str, tmp_path: Path
+) -> None:
+    statistics = write(tmp_path / "odd.safetensors", **changed)
+    with pytest.raises(RecipeError, match=words):
+        plan(recipe(tmp_path, method), statistics=statistics)
+
+
+def test_static_activations_behind_a_rotation_need_rows_of_the_input(tmp_path: Path, statistics: Path) -> None:
+    file = Path(recipe(tmp_path, "{rotate: 64}"))
+    static = "        options: {activations: static}\n        method:"
+    file.write_text(file.read_text().replace("        method:", static))
+    with pytest.raises(RecipeError, match="needs inputs of its layer's input"):
+        plan(str(file), statistics=statistics)
+
+
+def test_a_home_folder_that_nobody_has_is_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="cannot read the file"):
+        plan(recipe(tmp_path, "{rotate: 64}"), statistics="~nobody-of-that-name/statistics.safetensors")
+
+
 def test_changed_statistics_are_not_resumed(tmp_path: Path, statistics: Path) -> None:
     def run(after: int) -> None:
         def stop(done: int, what: str) -> None:
@@ -162,3 +191,31 @@ def test_a_file_that_is_no_statistics_is_refused(tmp_path: Path, content: dict[s
     assert words in refusal(SourceError, lambda: open_statistics(file))
     save_file({"a": torch.ones(1)}, file, metadata("m", {}, {}))
     assert "a tensor 'a'" in refusal(SourceError, lambda: open_statistics(file))
+
+
+def test_a_method_among_the_options_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: builtin:tiny-flux\ncomponents:\n  transformer: {backend: int8, options: {method: {rotate: 16}}}\n"
+    )
+    assert "'method' is no option" in refusal(RecipeError, lambda: plan(str(file)))
+
+
+def test_what_is_smoothed_or_weighted_for_uneven_inputs_is_healthy(tmp_path: Path) -> None:
+    """Its weights err where inputs are small: verification judges them as they were rounded."""
+    layer = LAYERS[1]
+    x = torch.randn(500, 192, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 0, 192)
+    file = tmp_path / "uneven.safetensors"
+    hessian = x.T @ x / 500
+    measured = {"absmax": x.abs().amax(0), "second_moment": hessian.diagonal().clone(), "hessian": hessian[None]}
+    save_file(
+        {f"transformer/{layer}/{kind}": found for kind, found in measured.items()}, file, metadata("m", CLASSES, {})
+    )
+    for number, (options, method) in enumerate([("{}", "{smooth: 1.0, gptq: true}"), ("{scale: mse}", "{}")]):
+        recipe_file = tmp_path / f"{number}.yaml"
+        rule = f"{{layers: {layer}, backend: int4, options: {options}, method: {method}}}"
+        recipe_file.write_text(f"model: builtin:tiny-flux\ncomponents: {{transformer: {{rules: [{rule}]}}}}\n")
+        out = bitroute.quantize(str(recipe_file), out=tmp_path / str(number), statistics=file)
+        found = bitroute.verify(out, load=False)
+        assert found.problems == []
+        assert found.layers[0].sqnr_db > 5
