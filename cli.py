@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from bitroute.eval.sampling import Sampling
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a job as Ctrl-C does."""
-
-
 class _Command(click.Group):
     """Turns errors into text and an exit code; a traceback only with -vv."""
 
@@ -62,39 +58,51 @@ class _Command(click.Group):
             if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows `?`, it is no reason to fail
                 stream.reconfigure(errors="replace")
         try:
-            with _terminable():
+            with _terminable() as received:
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
-        except (KeyboardInterrupt, click.Abort) as interrupt:
-            _end_soon()
-            click.echo("\ninterrupted; nothing unfinished carries a final name", err=True)
-            click.echo(f"to go on: {_again(ctx)}", err=True)
-            ctx.exit(143 if isinstance(interrupt, _Terminated) else 130)
+        except (KeyboardInterrupt, click.Abort):
+            _interrupted(ctx, received)
         except BrokenPipeError:  # `quantize … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
         except Exception as error:
             if verbose > 1:
                 traceback.print_exc()
+            if received and not isinstance(error, BitrouteError):  # a library that is being imported turns it into this
+                _interrupted(ctx, received)
             known = error if isinstance(error, BitrouteError) else BitrouteError(_internal(error))
             _print_problems(known)
             ctx.exit(known.exit_code)
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable() -> Iterator[list[int]]:
+    """The signals to end that were received."""
+    received: list[int] = []
+
     def end(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+        received.append(number)
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # elsewhere Python sets no handlers
-        yield
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, end)
+    numbers = [signal.SIGTERM, *([signal.SIGINT] if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else [])]
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(ctx: click.Context, received: list[int]) -> NoReturn:
+    _end_soon()
+    click.echo("\ninterrupted; nothing unfinished carries a final name", err=True)
+    click.echo(f"to go on: {_again(ctx)}", err=True)
+    ctx.exit(143 if signal.SIGTERM in received else 130)
 
 
 def _end_soon() -> None:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from bitroute.backends.base import Backend
-from bitroute.calibrate.search_candidates import KEEP, label, runs_as_layer
+from bitroute.calibrate.search_candidates import KEEP
 from bitroute.calibrate.search_front import Front, Point
 from bitroute.calibrate.search_gate import pass_gate
 from bitroute.calibrate.search_journal import Journal
+from bitroute.calibrate.search_methods import with_methods
 from bitroute.calibrate.search_recipe import Draft, planned_recipe, recipe_text
 from bitroute.calibrate.search_report import head
 from bitroute.calibrate.search_request import Search, Wish, prepare, settings
@@ -36,7 +39,7 @@ from bitroute.eval.evaluate import default_cache
 from bitroute.eval.recording import record_apart
 from bitroute.eval.sampling import Sampling
 
-__all__ = ["Found", "run", "search"]
+__all__ = ["Found", "run", "search", "trial"]
 
 Progress = Callable[[str, int, int], None]  # what, how many are done, of how many
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,7 +68,7 @@ def search(
     bits: per weight of the denoiser, everything counted; or budget_bytes: of the whole checkpoint; or gate: the
     smallest that an evaluation passes (`lpips<0.1`). sampling: prompts and call of the original that is recorded.
     options: of search_request.Wish: base, component, candidates, keep, native, samples, dtype, statistics, estimate,
-    give_up, work. cache: of recordings and pictures, as `evaluate` has it.
+    methods, give_up, work. cache: of recordings and pictures, as `evaluate` has it.
 
     Raises:
         RecipeError, SourceError, BackendError: refused before anything is measured. JobError: it cannot be measured.
@@ -85,18 +88,20 @@ def run(search: Search, progress: Progress | None = None, cache: Path | None = N
         fetch(search.space.planned)
         search = prepare(search.wish)
     _make_folder(search.work)
-    with FileLock(search.work / "lock"):
+    with _locked(search.work, report):
         journal = Journal(search.work, settings(search))
         measure = _Measure(search, journal, report, cache or default_cache())
+        if search.wish.methods:
+            search = measure.with_methods()
         front = Front(search.space, measure.errors(), search.families, search.wish.give_up)
         gate: Mapping[str, Any] = {}
         budget = search.budget()
         if budget is None:
-            chosen, gate = pass_gate(search, front, lambda point: draft(search, front, point)[1], report, cache)
+            chosen, gate = pass_gate(search, front, lambda point: trial(search, front, point), report, cache)
         else:
             chosen = front.best(budget)
         chosen = measure.together(chosen)
-        uniform = [measure.together(point) for point in front.uniform()]
+        uniform = [measure.together(point) for point in front.uniform(search.listed)]
         report("the front", 0, 0)
         swept = front.sweep()
         text, plan = draft(search, front, chosen, uniform)
@@ -113,16 +118,45 @@ def _make_folder(folder: Path) -> None:
         ) from error
 
 
+@contextmanager
+def _locked(folder: Path, report: Progress) -> Iterator[None]:
+    """One search at a time; the next one finds what this one measured."""
+    lock = FileLock(folder / "lock")
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            report("waiting for another search in the same folder", 0, 0)
+            lock.acquire()
+    except OSError as error:
+        raise JobError(Problem("cannot keep measurements", str(folder), got=error.strerror or "")) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def draft(search: Search, front: Front, point: Point, uniform: Sequence[Point] = ()) -> tuple[str, Plan]:
     """The text of the recipe for a point of the front, and its plan."""
     wish = search.wish
     title = f"searched: {search.space.component.name} at {point.bits:.2f} bits per weight"
-    said = Draft(
-        search.source, head(search, point, uniform), title, search.base, "native" if wish.native else "auto",
-        _beside(search), wish.eval,
-    )  # fmt: skip
+    said = replace(
+        _bare(search), head=head(search, point, uniform), description=title, statistics=_beside(search), eval=wish.eval
+    )
     text = recipe_text(search.space, point.chosen, front.errors, said)
     return text, planned_recipe(search.space, point.chosen, text, said, wish.recipe_out.name, search.statistics)
+
+
+def trial(search: Search, front: Front, point: Point) -> Plan:
+    """Of a point that a gate judges: the same for other gates and other places of the recipe."""
+    said = _bare(search)
+    text = recipe_text(search.space, point.chosen, front.errors, said)
+    return planned_recipe(search.space, point.chosen, text, said, "trial.yaml", search.statistics)
+
+
+def _bare(search: Search) -> Draft:
+    statistics = os.path.abspath(search.statistics.file) if search.statistics else None
+    return Draft(search.source, (), "", search.base, "native" if search.wish.native else "auto", statistics)
 
 
 def _beside(search: Search) -> str | None:
@@ -137,7 +171,6 @@ class _Measure:
 
     def __init__(self, search: Search, journal: Journal, report: Progress, cache: Path) -> None:
         self.search, self.journal, self.report, self.cache = search, journal, report, cache
-        self.probes: dict[str, float | None] = {}  # what layers lose in their probes
 
     @cached_property
     def bench(self) -> Bench:
@@ -147,13 +180,20 @@ class _Measure:
         space = self.search.space
         return Bench(space.component, recorded, wish.sampling, wish.samples, DTYPES[wish.dtype], self.search.statistics)
 
+    def with_methods(self) -> Search:
+        """The search goes on with the candidates that each layer's statistics speak for."""
+        assert self.search.statistics is not None
+        space = with_methods(self.search.space, self.search.statistics, self._expected, self.report)
+        self.search = replace(self.search, space=space, families=[list(space.candidates.values())])
+        return self.search
+
     def errors(self) -> dict[str, dict[str, float]]:
         """Layer → label → squared error of the output; what a format could not do is infinite."""
         found: dict[str, dict[str, float]] = {layer.name: {KEEP: 0.0} for layer in self.search.space.layers}
         tasks = self.search.tasks
         for done, (layer, backend) in enumerate(tasks):
             self.report("layers in candidates", done, len(tasks))
-            found[layer.name][label(backend)] = self._once(f"{layer.name} {label(backend)}", layer, backend)
+            found[layer.name][str(backend)] = self._once(f"{layer.name} {backend}", layer, backend)
         self.report("layers in candidates", len(tasks), len(tasks))
         return found
 
@@ -176,15 +216,9 @@ class _Measure:
 
     def _once(self, what: str, layer: Layer, backend: Backend) -> float:
         if what not in self.journal.errors:
-            try:
+            with _told(layer, backend):
                 found = self._estimated(layer, backend) if self.search.wish.estimate else None
                 self.journal.add(what, self.bench.error_with([(layer, backend)]) if found is None else found)
-            except (RuntimeError, NotImplementedError) as error:
-                mend = "leave this candidate out, or search where it runs (--device)"
-                problem = Problem(
-                    f"{label(backend)} cannot be measured here", layer.name, str(error)[:300], next_step=mend
-                )
-                raise JobError(problem) from error
         return self.journal.errors[what]
 
     def _estimated(self, layer: Layer, backend: Backend) -> float | None:
@@ -192,14 +226,34 @@ class _Measure:
 
         None for the probe itself, for quantized activations, and where nothing was measured of the input.
         """
-        if runs_as_layer(backend):
+        if backend.quantizes_activations:
             return None
         probe = self.search.probe(layer, backend)
-        key = f"{layer.name} {label(probe)}"
-        if key not in self.probes:
-            self.probes[key] = self.bench.lost(layer, probe)
-        probe_lost = self.probes[key]
-        if backend is probe or not probe_lost:
+        probe_lost = self._expected(layer, probe)
+        if backend is probe or not probe_lost or math.isinf(probe_lost):
             return None
-        lost = self.bench.lost(layer, backend)
-        return None if lost is None else self._once(key, layer, probe) * lost / probe_lost
+        lost = self._expected(layer, backend)
+        return None if lost is None else self._once(f"{layer.name} {probe}", layer, probe) * lost / probe_lost
+
+    def _expected(self, layer: Layer, backend: Backend) -> float | None:
+        """What the layer's own output loses; None where nothing was measured of its input."""
+        what = f"expected {layer.name} {backend}"
+        if what not in self.journal.errors:
+            with _told(layer, backend):
+                lost = self.bench.lost(layer, backend)
+            if lost is None:
+                return None
+            rounded = max(lost, 0.0)  # a sum that is 0 may come out as less
+            self.journal.add(what, rounded if math.isfinite(lost) else math.inf)
+        return self.journal.errors[what]
+
+
+@contextmanager
+def _told(layer: Layer, backend: Backend) -> Iterator[None]:
+    """What a device or a library cannot, as an error that names the candidate."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        mend = "leave this candidate out, or search where it runs (--device)"
+        problem = Problem(f"{backend} cannot be measured here", layer.name, str(error)[:300], next_step=mend)
+        raise JobError(problem) from error

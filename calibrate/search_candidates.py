@@ -13,9 +13,10 @@ from bitroute import backends
 from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.container import NATIVE
 from bitroute.convert.document import parse, read_text, shown
+from bitroute.convert.layout import StoredTensor
 from bitroute.errors import BackendError, Problem, RecipeError
 
-__all__ = ["KEEP", "default_candidates", "label", "native_families", "parse_candidates", "runs_as_layer"]
+__all__ = ["KEEP", "can_use", "default_candidates", "is_fitted", "native_families", "parse_candidates"]
 
 KEEP = "keep"
 WHERE = "--candidates"
@@ -36,7 +37,8 @@ def parse_candidates(text: str) -> list[Backend]:
     """
     asked = _from_file(Path(text)) if text.endswith((".yaml", ".yml")) else _from_words(text)
     if not 0 < len(asked) <= MOST:
-        raise RecipeError(Problem("not a list of candidates", WHERE, got=f"{len(asked)} of them", expected=EXPECTED))
+        expected = f"1 to {MOST}: {EXPECTED}"
+        raise RecipeError(Problem("not a list of candidates", WHERE, got=f"{len(asked)} of them", expected=expected))
     return _create(asked)
 
 
@@ -45,16 +47,15 @@ def default_candidates(compensated: bool = False) -> list[Backend]:
     return _create(_from_words(COMPENSATED if compensated else DEFAULT))
 
 
-def label(backend: Backend) -> str:
-    """`nvfp4 (scale mse)`; other backends have other labels."""
-    options = ", ".join(f"{name} {_words(value)}" for name, value in backend.options.items())
-    return f"{backend.name} ({options})" if options else backend.name
+def can_use(backend: Backend, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether what was measured of a layer's input, kind → tensor, is all that it needs."""
+    needed = {kind: stored[kind].spec for kind in backend.measured & stored.keys()}
+    return backend.measured <= stored.keys() and backend.refuse_statistics(needed) is None
 
 
-def _words(value: object) -> str:
-    if isinstance(value, Mapping):
-        return " ".join(f"{name} {_words(found)}" for name, found in value.items())
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def is_fitted(backend: Backend) -> bool:
+    """Whether GPTQ fits it to a Hessian, by which it then loses less than on other inputs."""
+    return "hessian" in backend.measured
 
 
 def native_families(candidates: Iterable[Backend]) -> dict[str, list[Backend]]:
@@ -63,14 +64,10 @@ def native_families(candidates: Iterable[Backend]) -> dict[str, list[Backend]]:
     found: dict[str, list[Backend]] = {}
     for backend in candidates:
         if backend.family in NATIVE and backend.record(probe) is not None:
-            found.setdefault(backend.family, []).append(backend)
+            name = backend.family if NATIVE[backend.family].mixes else f"{backend.family} {backend}"
+            found.setdefault(name, []).append(backend)
     kept = [backend for backend in candidates if backend.name == KEEP]
     return {family: [*members, *kept] for family, members in found.items()}
-
-
-def runs_as_layer(backend: Backend) -> bool:
-    """Whether it quantizes activations too, so that the decoded weight alone does not tell its error."""
-    return getattr(getattr(backend, "inner", backend), "activations", "none") != "none"
 
 
 Asked = tuple[str, str, Mapping[str, Any]]  # where, the backend's name, its options
@@ -86,8 +83,10 @@ def _from_words(text: str) -> list[Asked]:
             group, dot, inner = key.partition(".")
             if not equals or not group or (dot and not inner):
                 problems.append(Problem(f"not an option: {shown(pair)}", WHERE, got=shown(word), expected=EXPECTED))
+            elif dot and isinstance(options.setdefault(group, {}), dict):
+                options[group][inner] = _value(value)
             elif dot:
-                options.setdefault(group, {})[inner] = _value(value)
+                problems.append(Problem(f"{shown(group)} is said twice", WHERE, got=shown(word), expected=EXPECTED))
             else:
                 options[group] = _value(value)
         found.append((f"{WHERE} {name[:40]}", name, options))
@@ -136,8 +135,8 @@ def _create(asked: Iterable[Asked]) -> list[Backend]:
         try:
             backend = backends.create(name, **options)
             if backend.name == KEEP and backend.options:
-                problems.append(Problem("keep is the layer as it is", where, got=label(backend), expected="no options"))
-            made.setdefault(label(backend), backend)
+                problems.append(Problem("keep is the layer as it is", where, got=str(backend), expected="no options"))
+            made.setdefault(str(backend), backend)
         except BackendError as error:
             problems += [Problem(p.what, where, p.got, p.expected, p.next_step) for p in error.problems]
     if problems:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -11,6 +15,8 @@ from bitroute.convert.commands import CONTEXT, JSON, show
 from bitroute.eval.commands import CALL, DEVICE, INPUT, PIPELINE, THREADS
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from bitroute.calibrate.search_request import Wish
     from bitroute.convert.schema import EvalRecipe
 
@@ -74,6 +80,11 @@ class Budget(click.ParamType[int]):
     "--statistics. For large models.",
 )  # fmt: skip
 @click.option(
+    "--methods", is_flag=True,
+    help="Try rotations, smoothing and branches of low rank with each format that rounds weight by weight, with GPTQ "
+    "where --statistics has the Hessian, and measure those that lower the layer's expected error per byte.",
+)  # fmt: skip
+@click.option(
     "--simplify", type=click.FloatRange(0, 100), default=1.0, show_default=True, metavar="PERCENT",
     help="How much more squared error a recipe of fewer rules may have.",
 )  # fmt: skip
@@ -90,7 +101,7 @@ def search_recipe(
 
     Runs MODEL's denoiser on its own recorded inputs, with one linear layer at a time in each candidate format, and
     chooses a format for each layer so that the error of the output is least: for --bits, for --budget, or for the
-    smallest checkpoint that passes --gate. Convolutions and other components stay as they are, or as --recipe says.
+    smallest checkpoint that passes --gate. Convolutions stay as they are; other components too, or as --recipe says.
 
     The average of --bits counts everything in the component, --budget everything in the checkpoint. What the profile
     of the model class keeps may get 8-bit weights, never fewer: --keep says otherwise. With --keep none the error is
@@ -100,13 +111,17 @@ def search_recipe(
     Needs pip install "bitroute[search]".
     """
     from bitroute.calibrate.search import run
-    from bitroute.calibrate.search_progress import Counts
     from bitroute.calibrate.search_report import check_plot, content, estimate_text, text, write_plot
     from bitroute.calibrate.search_request import prepare
 
-    check_plot(pareto)
+    check_plot(pareto, recipe_out)
     search = prepare(_wish(model, recipe_out, options))
-    cost = {"forward_passes": search.forwards, "layers": len(search.space.layers), "work": str(search.work)}
+    cost = {
+        "forward_passes": search.forwards,
+        "encodings": search.encodings,
+        "layers": len(search.space.layers),
+        "work": str(search.work),
+    }
     if dry_run:
         show(cost, as_json, estimate_text(search))
         return
@@ -117,6 +132,49 @@ def search_recipe(
     if pareto:
         write_plot(found, pareto)
     show(content(found), as_json, text(found))
+
+
+class Counts:
+    """A bar for each stage on a terminal; elsewhere a line at each tenth of a stage."""
+
+    def __init__(self) -> None:
+        self._live: Progress | None = None
+        self._task: Any = None
+        self.what, self.tenth, self.begun = "", -1, 0.0
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+            self._live = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, what: str, done: int, total: int) -> None:
+        """total: 0 where it is one thing."""
+        if what != self.what:
+            self.what, self.tenth, self.begun = what, -1, time.monotonic()
+            if self._live:
+                from rich.markup import escape
+
+                self._task = self._live.add_task(escape(what), total=total or None)
+        if self._live:
+            self._live.update(self._task, completed=done, total=total or None)
+        elif (tenth := done * 10 // total if total else 0) > self.tenth:
+            self.tenth = tenth
+            print(f"searching: {what}{self._far(done, total)}", file=sys.stderr)
+
+    def _far(self, done: int, total: int) -> str:
+        if not total:
+            return ""
+        left = (time.monotonic() - self.begun) * (total - done) / done if done else None
+        return f", {done} of {total}" + (f", about {left:.0f} s left" if left is not None and done < total else "")
 
 
 def _wish(model: str | None, recipe_out: Path, options: dict[str, Any]) -> Wish:
@@ -139,7 +197,7 @@ def _wish(model: str | None, recipe_out: Path, options: dict[str, Any]) -> Wish:
     )  # fmt: skip
     options["native"] = options.pop("container") == "native"
     options["give_up"] = options.pop("simplify") / 100
-    return Wish(model, recipe_out, sampling, eval=_eval_section(prompts, sampling, said), **options)
+    return Wish(model, recipe_out, sampling, eval=_eval_section(prompts, inputs, sampling, said), **options)
 
 
 def _eval_of(base: str | None) -> EvalRecipe | None:
@@ -149,11 +207,18 @@ def _eval_of(base: str | None) -> EvalRecipe | None:
     return recipe.eval if recipe else None
 
 
-def _eval_section(prompts: str, sampling: Any, said: EvalRecipe | None) -> dict[str, Any]:
-    """What `quantize --eval` draws with the recipe: the same."""
+def _eval_section(prompts: str, inputs: Sequence[str], sampling: Any, said: EvalRecipe | None) -> dict[str, Any]:
+    """What `quantize --eval` draws with the recipe: the same, from wherever it is run; {} where no recipe says that."""
+    from bitroute.eval.sampling import prompt_sets
+
+    pictures = {name: file for name, _, file in (text.partition("=") for text in inputs)}
+    if len(pictures) != len(inputs):
+        return {}
     call = dict(sampling.call)
     steps = call.pop("num_inference_steps", None)
-    section: dict[str, Any] = {"prompts": prompts}
+    section: dict[str, Any] = {"prompts": prompts if prompts in prompt_sets() else os.path.abspath(prompts)}
+    absolute = {name: os.path.abspath(Path(file).expanduser()) for name, file in pictures.items()}
+    section |= {"inputs": absolute} if absolute else {}
     section |= {"steps": steps} if isinstance(steps, int) else {}
     section |= {"call": call} if call else {}
     section |= {"seeds": list(sampling.seeds)} if sampling.seeds != (0,) else {}

@@ -68,10 +68,10 @@ class Front:
                 points.append(point)
         return points
 
-    def uniform(self) -> list[Point]:
-        """Each candidate wherever it can be; without those that gave no numbers somewhere."""
-        held = {name for layer in self.space.layers for name in layer.size_bytes}
-        names = [name for name in self.space.candidates if name != KEEP and name in held]
+    def uniform(self, listed: Space) -> list[Point]:
+        """Each candidate of a list wherever it can be; without those that were not measured, or gave no numbers."""
+        names = [name for name in listed.candidates if name != KEEP and listed.held(name)]
+        names = [name for name in names if listed.held(name) == self.space.held(name)]
         points = [self.point(self.space.uniform(name), f"all {name}") for name in names]
         return sorted((p for p in points if math.isfinite(p.predicted)), key=lambda point: point.size_bytes)
 

@@ -48,17 +48,18 @@ def pass_gate(
     return passing, {"limits": search.wish.gate, "evaluations": steps}
 
 
-def folder_of(search: Search, point: Point) -> Path:
-    """The checkpoint of a point."""
-    digest = hashlib.sha256(json.dumps(dict(point.chosen), sort_keys=True).encode()).hexdigest()[:16]
-    return search.work / "gate" / digest
+def folder_of(search: Search, planned: Plan) -> Path:
+    """The checkpoint of a recipe; one of the same layers may have other components, or another name."""
+    said = json.dumps([planned.recipe.name, planned.recipe.text])
+    return search.work / "gate" / hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _evaluate(search: Search, point: Point, make: Make, cache: Path | None) -> dict[str, Any]:
     """Checkpoints and pictures stay where they are, so that a killed search does not make them again."""
-    folder, limits = folder_of(search, point), parse_gate(search.wish.gate)
+    planned, limits = make(point), parse_gate(search.wish.gate)
+    folder = folder_of(search, planned)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    run_job(make(point), folder, device=search.wish.sampling.device, resume=True)
+    run_job(planned, folder, device=search.wish.sampling.device, resume=True)
     original = str(search.pipeline.folder)
     found = evaluate(original, [str(folder)], search.wish.sampling, limits=limits, denoiser=False, cache=cache)
     scores = found.candidates[0].scores

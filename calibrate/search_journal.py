@@ -59,8 +59,7 @@ class Journal:
             self._check(json.loads(lines[0])["settings"], settings)
             for line in lines[1:]:
                 found = json.loads(line)
-                error = found["squared_error"]
-                self.errors[str(found["what"])] = math.inf if error is None else float(error)
+                self.errors[found["what"]] = _squared_error(found["squared_error"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             mend = f"give another --work, or remove {self.file}"
             raise RecipeError(
@@ -79,3 +78,12 @@ class Journal:
         ]  # fmt: skip
         if problems:
             raise RecipeError(problems)
+
+
+def _squared_error(found: Any) -> float:
+    """Raises ValueError for what `add` does not write."""
+    if found is None:
+        return math.inf
+    if type(found) not in (int, float) or not 0 <= found < math.inf:
+        raise ValueError(f"the squared error {found!r}")
+    return float(found)

@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from bitroute.backends.base import Backend
-from bitroute.calibrate.search_candidates import label
 from bitroute.calibrate.search_space import Assignment, Layer, Space
 from bitroute.convert.fold import Fold, fold
 from bitroute.convert.plan import Plan, plan_pipeline
@@ -104,7 +103,7 @@ def planned_recipe(
     file = RecipeFile.made(name, text)
     plan = plan_pipeline(replace(file, profiles=draft.base.profiles), space.planned.pipeline, statistics)
     part = next(part for part in plan.components if part.name == space.component.name)
-    found = {entry.layer: label(entry.backend) for entry in part.entries if entry.kind == "Linear"}
+    found = {entry.layer: str(entry.backend) for entry in part.entries if entry.kind == "Linear"}
     wrong = [layer for layer, candidate in chosen.items() if found.get(layer) != candidate]
     if wrong or part.size_bytes != space.size_bytes(chosen):
         got = f"{found.get(wrong[0])} for {wrong[0]}" if wrong else f"{part.size_bytes} bytes"

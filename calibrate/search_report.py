@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitroute.calibrate.search_front import Point
 from bitroute.calibrate.search_request import Search
-from bitroute.convert.document import write_new
+from bitroute.convert.document import check_new, write_new
 from bitroute.convert.table import size
 from bitroute.errors import Problem, RecipeError
 
@@ -36,13 +37,18 @@ def head(search: Search, point: Point, uniform: Sequence[Point] = ()) -> list[st
         f"{point.bits:.3f} bits per weight of the component, everything counted: {size(point.size_bytes)}; "
         f"the whole checkpoint: {size(point.checkpoint_bytes)}.",
         f"Error of its output, teacher-forced: {_errors(point)}; {calls}, {how}, in {wish.dtype}.",
-        f"Candidates: {', '.join(search.space.candidates)}.",
+        f"Candidates: {', '.join(search.listed.candidates)}{_with_methods(search)}.",
     ]
     if uniform:
         listed = (f"{found.name} {found.bits:.2f} bits, {_errors(found)}" for found in uniform)
         lines.append(f"Beside it: {'; '.join(listed)}.")
     lines.append("Below, the part of each rule in the sum of the squared errors, and what it would be otherwise.")
     return [part for line in lines for part in wrap(line, WIDTH, break_on_hyphens=False)]
+
+
+def _with_methods(search: Search) -> str:
+    words = "; in each layer also with the methods that lower its error per byte, by the statistics of its input"
+    return words if search.wish.methods else ""
 
 
 def _goal(search: Search) -> str:
@@ -63,8 +69,9 @@ def estimate_text(search: Search) -> str:
     """What the measurements will cost."""
     layers, lossy = len(search.space.layers), len(search.space.candidates) - 1
     weights_bytes = search.space.parameters * (4 if search.wish.dtype == "float32" else 2)
+    tried = f"up to {search.encodings:,} encodings of weights with methods, then up to " if search.wish.methods else ""
     return (
-        f"{search.space.component.name}: {layers} linear layers, {lossy} candidates beside keep: "
+        f"{search.space.component.name}: {layers} linear layers, {lossy} candidates beside keep: {tried}"
         f"{search.forwards:,} forward passes of the denoiser ({search.wish.samples} for each measurement), which is "
         f"held in {search.wish.dtype}: {size(weights_bytes)}\nmeasurements are kept in {search.work}"
     )
@@ -118,15 +125,15 @@ def _point(point: Point) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_plot(file: Path | None) -> None:
+def check_plot(file: Path | None, recipe_out: Path) -> None:
     """Raises RecipeError where the plot could not be written after hours of measuring."""
     if file is None:
         return
     if file.suffix not in (".svg", ".json"):
         raise RecipeError(Problem("no such kind of plot", "--pareto", got=str(file), expected="a .svg or .json file"))
-    if file.exists() or not file.parent.is_dir():
-        got = "a file that exists" if file.exists() else "no such folder"
-        raise RecipeError(Problem("the plot cannot be written", str(file), got, "a new file"))
+    check_new(file)
+    if os.path.abspath(file) == os.path.abspath(recipe_out):
+        raise RecipeError(Problem("the plot and the recipe are the same file", "--pareto", got=str(file)))
 
 
 def write_plot(found: Found, file: Path) -> Path:

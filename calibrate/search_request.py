@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,16 +14,18 @@ from typing import Any, Literal
 from bitroute.backends.base import Backend
 from bitroute.calibrate.search_candidates import (
     KEEP,
+    can_use,
     default_candidates,
+    is_fitted,
     native_families,
     parse_candidates,
-    runs_as_layer,
 )
+from bitroute.calibrate.search_methods import MOST, trials
 from bitroute.calibrate.search_solver import check_solver
 from bitroute.calibrate.search_space import Keep, Layer, Space, choose_component, open_space
 from bitroute.convert.bare import check_draws
-from bitroute.convert.checkpoint import Pipeline, open_pipeline
-from bitroute.convert.document import shown
+from bitroute.convert.checkpoint import BUILTIN, Pipeline, open_pipeline
+from bitroute.convert.document import check_new, shown
 from bitroute.convert.job import check_device
 from bitroute.convert.recipe import RecipeFile, read_recipe
 from bitroute.convert.statistics import StatisticsFile, statistics_of, with_statistics
@@ -53,6 +56,7 @@ class Wish:
     dtype: Literal["float32", "bfloat16"] = "float32"
     statistics: Path | None = None
     estimate: bool = False
+    methods: bool = False
     give_up: float = 0.01
     work: Path | None = None
     eval: Mapping[str, Any] | None = None
@@ -60,12 +64,13 @@ class Wish:
 
 @dataclass(frozen=True)
 class Search:
-    """A search that nothing speaks against."""
+    """A search that nothing speaks against. listed: with the candidates as they were asked for, without methods."""
 
     wish: Wish
     base: RecipeFile
     pipeline: Pipeline
     space: Space
+    listed: Space
     families: Sequence[Sequence[Backend]]
     statistics: StatisticsFile | None
 
@@ -76,7 +81,11 @@ class Search:
 
     @property
     def source(self) -> Mapping[str, str]:
-        return _source(self.wish, self.base)
+        """As the recipe says it, which may be run from another folder."""
+        said = _source(self.wish, self.base)
+        place = Path(said["model"]).expanduser()
+        is_local = not said["model"].startswith(BUILTIN) and place.exists()
+        return {**said, "model": os.path.abspath(place)} if is_local else said
 
     @cached_property
     def tasks(self) -> list[tuple[Layer, Backend]]:
@@ -86,9 +95,19 @@ class Search:
 
     @property
     def forwards(self) -> int:
-        """Of the denoiser, without those that record the original."""
-        run = [b for layer, b in self.tasks if runs_as_layer(b) or not self.wish.estimate or b is self.probe(layer, b)]
-        return len(run) * self.wish.samples
+        """Of the denoiser, without those that record the original; with methods at most so many."""
+        alone = [(layer, backend) for layer, backend in self.tasks if not backend.quantizes_activations]
+        run = len(alone)
+        if self.wish.methods:
+            run = len({layer.name for layer, _ in alone}) * (2 if self.wish.estimate else MOST)
+        elif self.wish.estimate:
+            run = sum(backend is self.probe(layer, backend) for layer, backend in alone)
+        return (len(self.tasks) - len(alone) + run) * self.wish.samples
+
+    @property
+    def encodings(self) -> int:
+        """Of weights with methods, by the statistics alone, at most."""
+        return trials(self.listed) if self.wish.methods else 0
 
     def probe(self, layer: Layer, backend: Backend) -> Backend:
         """The candidate of the layer whose error tells that of this one: those fitted to the same statistics are alike.
@@ -96,7 +115,9 @@ class Search:
         What GPTQ fits to a Hessian loses less by that Hessian than on other inputs.
         """
         alike = (self.space.candidates[name] for name in layer.size_bytes)
-        return next(b for b in alike if b.name != KEEP and not runs_as_layer(b) and b.measured == backend.measured)
+        return next(
+            b for b in alike if b.name != KEEP and not b.quantizes_activations and is_fitted(b) is is_fitted(backend)
+        )
 
     def budget(self) -> int | None:
         """Of the weights of linear layers alone; None for a gate."""
@@ -115,14 +136,15 @@ def prepare(wish: Wish) -> Search:
         RecipeError, SourceError, BackendError: what is wrong with the wish.
     """
     check_solver()
-    _check_place(wish.recipe_out)
+    check_new(wish.recipe_out)
     _check_goal(wish)
     check_device(wish.sampling.device)
     base = _base(wish)
     assert base.recipe is not None
     statistics = statistics_of(base, wish.statistics)
     hessians = statistics is not None and any(name.endswith("/hessian") for name in statistics.tensors)
-    candidates = parse_candidates(wish.candidates) if wish.candidates else default_candidates(hessians)
+    candidates = default_candidates(hessians) if wish.candidates is None else parse_candidates(wish.candidates)
+    _check_flags(wish, statistics)
     families = list(native_families(candidates).values()) if wish.native else [candidates]
     if not families:
         mend = "leave --container native out, or give candidates that one library runs"
@@ -134,15 +156,15 @@ def prepare(wish: Wish) -> Search:
     component = choose_component(pipeline, wish.component)
     space = open_space(base, pipeline, component, [b for family in families for b in family], wish.keep, statistics)
     space = _measurable(space, statistics, wish)
-    search = Search(wish, base, pipeline, space, families, statistics)
+    search = Search(wish, base, pipeline, space, space, families, statistics)
     _check_budget(search)
     return search
 
 
 def _base(wish: Wish) -> RecipeFile:
     """The recipe that the search completes."""
-    if wish.base is None:
-        if wish.model is None:
+    if wish.base is None or wish.model == "":
+        if not wish.model:
             raise RecipeError(Problem("no model", next_step="give MODEL, or --recipe with a `model:`"))
         made = RecipeFile.made("search", f"model: {json.dumps(wish.model)}\ncomponents: {{none: {{}}}}\n")
         assert made.recipe is not None
@@ -175,29 +197,34 @@ def _check_goal(wish: Wish) -> None:
         raise RecipeError(Problem("the gate has no limit", "--gate", expected="such as lpips<0.1"))
     if wish.bits is not None and not 0 < wish.bits <= 64:
         raise RecipeError(Problem("not a number of bits", "--bits", got=f"{wish.bits}", expected="such as 4.6"))
+    if not 0 <= wish.give_up <= 1:
+        raise RecipeError(Problem("not a share", "--simplify", got=f"{wish.give_up}", expected="0 to 100 percent"))
 
 
-def _check_place(place: Path) -> None:
-    if place.exists() or place.is_symlink():
-        raise RecipeError(Problem("the file exists already", str(place), next_step="give another --recipe-out"))
-    if not place.parent.is_dir():
-        raise RecipeError(Problem("there is no such folder", str(place.parent), next_step="make it first"))
+def _check_flags(wish: Wish, statistics: StatisticsFile | None) -> None:
+    asked = [flag for flag, wanted in (("--estimate", wish.estimate), ("--methods", wish.methods)) if wanted]
+    problems = [
+        Problem(f"{flag} needs the statistics of the layers' inputs", next_step="give --statistics FILE")
+        for flag in asked
+        if statistics is None
+    ]
+    if wish.methods and wish.native:
+        mend = "leave one of them out"
+        problems.append(Problem("no native container holds what --methods adds", "--container", "native", "auto", mend))
+    if problems:
+        raise RecipeError(problems)
 
 
 def _measurable(space: Space, statistics: StatisticsFile | None, wish: Wish) -> Space:
     """Refuses what does not fit the model; candidates that need what was not measured are dropped, per layer."""
-    if wish.estimate and statistics is None:
-        raise RecipeError(
-            Problem("--estimate needs the statistics of the layers' inputs", next_step="give --statistics FILE")
-        )
     name, layers = space.component.name, list[Layer]()
     _, problems = with_statistics([], space.component, statistics)
     for layer in space.layers:
         columns = layer.source.spec.rows.shape[1]
         misfit = statistics.misfit(name, layer.name, columns) if statistics else None
         problems += [misfit] if misfit else []
-        known = set(statistics.stored(name, layer.name)) if statistics else set()
-        sizes = {key: size for key, size in layer.size_bytes.items() if space.candidates[key].measured <= known}
+        stored = statistics.stored(name, layer.name) if statistics else {}
+        sizes = {key: size for key, size in layer.size_bytes.items() if can_use(space.candidates[key], stored)}
         layers.append(replace(layer, size_bytes=sizes))
     if problems:
         raise RecipeError(problems[:20])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from bitroute.backends.base import NONE, Backend, Statistics
-from bitroute.calibrate.search_candidates import KEEP, runs_as_layer
+from bitroute.calibrate.search_candidates import KEEP
 from bitroute.calibrate.search_space import Layer
 from bitroute.convert.checkpoint import Component
 from bitroute.convert.reading import read_json, read_tensor
@@ -64,8 +64,9 @@ class Bench:
         self.calls = [self._in_dtype(call) for call in _recorded_calls(recorded, component.name, samples, sampling)]
         self.model = load_model(component, sampling.device, dtype)
         self.answers = [self._answer(call) for call in self.calls]
-        if not all(answer.isfinite().all() and answer.any() for answer in self.answers):
-            raise JobError(Problem("the original does not answer with numbers", str(component.folder), f"{dtype}"))
+        for what, sound in (("not answer with numbers", Tensor.isfinite), ("answer with zeros alone", Tensor.any)):
+            if not all(sound(answer).all() for answer in self.answers):
+                raise JobError(Problem(f"the original does {what}", str(component.folder), f"{dtype}"))
 
     def error(self) -> float:
         """The mean squared relative error of the model as it is now; infinite where it answers no numbers."""
@@ -114,7 +115,7 @@ class Bench:
                     continue
                 module = self.model.get_submodule(layer.name)
                 weight = read_tensor(layer.source).to(self.sampling.device)
-                if runs_as_layer(backend):
+                if backend.quantizes_activations:
                     plain[layer.name] = module
                     stored = backend.quantize(weight.flatten(1), self.used(layer, backend))
                     self.model.set_submodule(layer.name, _InDtype(backend.attach(module, stored), weight.dtype))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from bitroute.backends import Kind, create
 from bitroute.backends.base import Backend
-from bitroute.calibrate.search_candidates import KEEP, label
+from bitroute.calibrate.search_candidates import KEEP
 from bitroute.convert.architecture import build_model
 from bitroute.convert.checkpoint import Component, Pipeline
 from bitroute.convert.entry import Entry
@@ -81,13 +81,17 @@ class Space:
         """Per weight of the component, everything counted."""
         return 8 * self.size_bytes(chosen) / self.parameters
 
+    def held(self, candidate: str) -> set[str]:
+        """The layers that can be in it."""
+        return {layer.name for layer in self.layers if candidate in layer.size_bytes}
+
     def uniform(self, candidate: str) -> Assignment:
         """The candidate wherever it can be, the others as they are."""
         return {layer.name: candidate if candidate in layer.size_bytes else KEEP for layer in self.layers}
 
     def only(self, candidates: Sequence[Backend]) -> Space:
         """The same space with fewer candidates."""
-        allowed = {label(backend) for backend in candidates} | {KEEP}
+        allowed = {str(backend) for backend in candidates} | {KEEP}
         layers = (
             replace(layer, size_bytes={name: size for name, size in layer.size_bytes.items() if name in allowed})
             for layer in self.layers
@@ -128,7 +132,7 @@ def open_space(
     names = [entry.layer for entry in linear]
     roles = profile.roles_of(names) if profile else {}
     kept = profile.kept(names) if profile else {}
-    known = {label(backend): backend for backend in (*candidates, create(KEEP))}
+    known = {str(backend): backend for backend in (*candidates, create(KEEP))}
     layers = []
     for entry in linear:
         weight, barred = entry.source.spec.rows, _barred(kept.get(entry.layer, frozenset()), keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from filelock import FileLock
 from hub import Hub
 from safetensors.torch import save_file
 
 from bitroute.backends import create
-from bitroute.calibrate.search import Found, run, search
-from bitroute.calibrate.search_candidates import label
+from bitroute.calibrate.search import Found, run, search, trial
+from bitroute.calibrate.search_candidates import KEEP
+from bitroute.calibrate.search_front import Front
 from bitroute.calibrate.search_journal import MEASUREMENTS
-from bitroute.calibrate.search_request import Wish, prepare
+from bitroute.calibrate.search_request import Search, Wish, prepare
 from bitroute.calibrate.search_sensitivity import Bench, stratified
 from bitroute.cli import main
 from bitroute.convert.plan import plan
@@ -80,7 +82,7 @@ def test_the_recipe_is_valid_fits_its_budget_and_gives_what_was_predicted(found:
     part = next(part for part in planned.components if part.name == "transformer")
     assert part.size_bytes == found.chosen.size_bytes and planned.size_bytes == found.chosen.checkpoint_bytes
     assert 4.95 < part.bits_per_weight <= 5.0
-    chosen = {entry.layer: label(entry.backend) for entry in part.entries if entry.kind == "Linear"}
+    chosen = {entry.layer: str(entry.backend) for entry in part.entries if entry.kind == "Linear"}
     assert chosen == dict(found.chosen.chosen)
     assert {"nvfp4", "int8"} <= set(chosen.values())
 
@@ -163,7 +165,7 @@ def test_calls_are_spread_over_steps_and_samples() -> None:
 
 def test_a_native_container_gets_formats_of_one_library(wish: Make) -> None:
     native = prepare(wish(native=True, candidates="nvfp4:scale=mse,int8,mxfp4:scale=mse,nf4,keep", bits=5.0))
-    names = [[label(backend) for backend in family] for family in native.families]
+    names = [[str(backend) for backend in family] for family in native.families]
     assert names == [["nvfp4 (scale mse)", "int8", "keep"], ["nf4", "keep"]]
 
 
@@ -201,9 +203,11 @@ def test_a_model_on_the_hub_is_downloaded_when_it_is_measured(
         ({"base": "nothing"}, "no recipe"),
         ({"candidates": "nvfp4:method.gptq=true:scale=mse,keep"}, "needs statistics: hessian"),
         ({"native": True, "candidates": "mxfp4"}, "no native container"), ({"estimate": True}, "statistics"),
+        ({"methods": True}, "--methods needs"), ({"methods": True, "native": True}, "no native container holds"),
         ({"statistics": Path("none.safetensors")}, "none.safetensors"), ({"model": "no/where/here"}, "no such model"),
         ({"sampling": Sampling(("x",), (0,), CALL, "tpu9")}, "--device"),
         ({"recipe_out": Path("no-folder/best.yaml")}, "no such folder"), ({"model": None}, "no model"),
+        ({"model": ""}, "no model"), ({"candidates": ""}, "0 of them"), ({"give_up": float("nan")}, "--simplify"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_measured(
@@ -225,6 +229,28 @@ def test_an_output_that_exists_and_the_work_of_another_search_are_left_alone(
     with pytest.raises(RecipeError, match="begun with another number of samples"):
         run(prepare(wish(samples=3, recipe_out=tmp_path / "other.yaml")), cache=cache)
     assert [path.name for path in tmp_path.iterdir()] == ["best.yaml"]
+
+
+def test_a_second_search_waits_for_the_first_and_says_so(wish: Make, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    held, said = FileLock(tmp_path / "work" / "lock"), list[str]()
+
+    def stop(what: str, done: int, total: int) -> None:
+        said.append(what)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+        held.release()
+
+    held.acquire()
+    with pytest.raises(KeyboardInterrupt):
+        run(prepare(wish(work=tmp_path / "work")), stop, tmp_path)
+    assert said == ["waiting for another search in the same folder", "layers in candidates"]
+
+
+def test_a_work_folder_that_cannot_be_locked_is_an_error_with_its_name(wish: Make, tmp_path: Path) -> None:
+    (tmp_path / "work" / "lock").mkdir(parents=True)
+    with pytest.raises(JobError, match="work: cannot keep measurements"):
+        run(prepare(wish(work=tmp_path / "work")), cache=tmp_path)
 
 
 def test_a_recording_without_the_denoiser_is_an_error(tmp_path: Path, found: Found, sampling: Sampling) -> None:
@@ -268,12 +294,13 @@ def test_the_command_prints_the_front_and_writes_it(found: Found, cache: Path, w
 def statistics(
     tiny: Path, sampling: Sampling, cache: Path, found: Found, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Of the rows that were recorded: second moments of every layer, and of one the whole E[xᵀ x]."""
+    """Of the rows that were recorded: moments and maxima of every layer, and of one the whole E[xᵀ x]."""
     tape = Recorded(cache / f"{sampling.key(tiny)}-recorded" / "0000-0.safetensors")
     tensors = {}
     for layer in found.search.space.layers:
         x = rows_of(tape, layer.name)
         tensors[f"transformer/{layer.name}/second_moment"] = x.square().mean(0)
+        tensors[f"transformer/{layer.name}/absmax"] = x.abs().amax(0)
         if layer.name == LAYER:
             tensors[f"transformer/{layer.name}/hessian"] = (x.T @ x / len(x))[None]
     file = tmp_path_factory.mktemp("statistics") / "statistics.safetensors"
@@ -312,6 +339,44 @@ def test_an_estimate_runs_one_candidate_of_each_layer_and_comes_near(
     assert "statistics: " in again.recipe.read_text() and plan(str(again.recipe)).statistics is not None
 
 
+def test_methods_that_lower_the_expected_error_are_measured_and_written(
+    statistics: Path, wish: Make, cache: Path, tmp_path: Path
+) -> None:
+    """Of three layers; what is known once takes neither an encoding nor a forward pass again."""
+    asked = wish(methods=True, statistics=statistics, work=tmp_path / "work", candidates="mxfp4,int8,keep", bits=15.2)
+    three = (LAYER, "single_transformer_blocks.2.proj_out", "proj_out")
+    first, again = (restricted(prepare(replace(asked, recipe_out=tmp_path / f"{n}.yaml")), three) for n in "ab")
+    assert first.encodings == 3 * (2 + 11) and first.forwards == 3 * 8 * first.wish.samples
+    found = run(first, cache=cache)
+    known = errors_in(tmp_path / "work")
+    for layer in found.search.space.layers:
+        tried = {what for what in known if what.startswith(f"expected {layer.name} ")}
+        assert len(layer.size_bytes) - 1 <= min(8, len(tried)) and bool(tried) is (layer.name in three)
+    assert "gptq" in found.chosen.chosen[LAYER] and "low_rank" in found.recipe.read_text()
+    assert [point.name for point in found.uniform] == ["all int8"]
+    assert run(again, cache=cache).recipe.read_text() == found.recipe.read_text()
+    assert errors_in(tmp_path / "work") == known
+
+
+def restricted(search: Search, names: Sequence[str]) -> Search:
+    """The others stay as they are."""
+    layers = (
+        layer if layer.name in names else replace(layer, size_bytes={KEEP: layer.size_bytes[KEEP]})
+        for layer in search.space.layers
+    )
+    space = replace(search.space, layers=tuple(layers))
+    return replace(search, space=space, listed=space)
+
+
 def errors_in(work: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in (work / MEASUREMENTS).read_text().splitlines()[1:]]
     return {line["what"]: line["squared_error"] for line in lines}
+
+
+def test_what_a_gate_judges_is_the_same_for_other_gates_and_other_recipes(found: Found, tmp_path: Path) -> None:
+    """Its checkpoints are resumed, which a job refuses for another recipe."""
+    errors = {layer.name: dict.fromkeys(layer.size_bytes, 0.1) for layer in found.search.space.layers}
+    front = Front(found.search.space, errors, found.search.families, 0.0)
+    wish = replace(found.search.wish, bits=None, gate="lpips<0.1", recipe_out=tmp_path / "other.yaml")
+    first, other = (trial(search, front, found.chosen) for search in (found.search, replace(found.search, wish=wish)))
+    assert (first.recipe.name, first.recipe.text) == (other.recipe.name, other.recipe.text)

@@ -7,20 +7,14 @@ from pathlib import Path
 import pytest
 
 from bitroute.backends import create
-from bitroute.calibrate.search_candidates import (
-    default_candidates,
-    label,
-    native_families,
-    parse_candidates,
-    runs_as_layer,
-)
+from bitroute.calibrate.search_candidates import default_candidates, native_families, parse_candidates
 from bitroute.errors import RecipeError
 
 
 def test_words_give_backends_with_options_and_methods_each_once() -> None:
     found = parse_candidates("nvfp4:scale=mse, mxfp4:scale=mse:method.rotate=32:method.low_rank=8,keep,nvfp4:scale=mse")
-    assert [label(backend) for backend in found] == [
-        "nvfp4 (scale mse)", "mxfp4 (scale mse, method rotate 32 low_rank 8)", "keep",
+    assert [str(backend) for backend in found] == [
+        "nvfp4 (scale mse)", "mxfp4 (scale mse, rotate 32, low_rank 8)", "keep",
     ]  # fmt: skip
     assert found[0] == create("nvfp4", scale="mse")
 
@@ -47,6 +41,7 @@ def test_all_mistakes_are_told_at_once() -> None:
     ("text", "word"),
     [
         (",", "0 of them"), ("nvfp4:scale", "not an option"), ("nvfp4:.x=1", "not an option"),
+        ("", "0 of them"), ("nvfp4:method=5:method.rotate=32", "'method' is said twice"),
         ("missing.yaml", "cannot be read"), (",".join(["int8:a=1"] * 40), "40 of them"),
     ],
 )  # fmt: skip
@@ -67,20 +62,23 @@ def test_a_file_of_another_form_is_refused_with_its_place(tmp_path: Path, text: 
 
 
 def test_the_default_has_four_six_and_eight_bits_and_all() -> None:
-    labels = {label(backend) for backend in default_candidates()}
+    labels = {str(backend) for backend in default_candidates()}
     assert labels >= {"nf4 (scale mse)", "nvfp4 (scale mse)", "codebook4", "int6", "int8", "float8", "keep"}
-    compensated = {label(backend) for backend in default_candidates(compensated=True)}
-    assert compensated >= {"codebook4 (method gptq true)", "int8", "keep"}
+    compensated = {str(backend) for backend in default_candidates(compensated=True)}
+    assert compensated >= {"codebook4 (gptq)", "int8", "keep"}
 
 
 def test_native_families_hold_only_what_one_library_runs() -> None:
-    found = native_families(parse_candidates("int8,float8,nf4,nvfp4:scale=mse,mxfp4,int8:method.rotate=32,keep"))
-    named = {family: [label(backend) for backend in members] for family, members in found.items()}
+    """A quanto folder has one type for all its layers."""
+    listed = "int8,float8,nf4,nvfp4:scale=mse,mxfp4,int8:method.rotate=32,keep,quanto-int4,quanto-int8"
+    found = native_families(parse_candidates(listed))
+    named = {family: [str(backend) for backend in members] for family, members in found.items()}
     assert named == {
         "torchao": ["int8", "float8", "nvfp4 (scale mse)", "keep"], "bitsandbytes_4bit": ["nf4", "keep"],
+        "quanto quanto-int4": ["quanto-int4", "keep"], "quanto quanto-int8": ["quanto-int8", "keep"],
     }  # fmt: skip
 
 
 def test_quantized_activations_are_seen_behind_a_method() -> None:
     weights, both, behind = parse_candidates("int8,nvfp4:activations=nvfp4,nvfp4:activations=nvfp4:method.rotate=32")
-    assert [runs_as_layer(backend) for backend in (weights, both, behind)] == [False, True, True]
+    assert [backend.quantizes_activations for backend in (weights, both, behind)] == [False, True, True]

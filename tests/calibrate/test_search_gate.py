@@ -58,7 +58,7 @@ def test_bisection_takes_the_smallest_that_passes_and_says_so_where_none_does(
     wanted = search("psnr>42")  # 47 dB in 8 bits, 37 in 4
     front, make = front_of(wanted)
     points = [front.simple(point) for point in front.sweep(3)]
-    folders = [folder_of(wanted, point) for point in points]
+    folders = [folder_of(wanted, make(point)) for point in points]
     for point, folder in zip(points, folders, strict=True):
         folder.parent.mkdir(parents=True, exist_ok=True)
         run_job(make(point), folder)

@@ -51,3 +51,12 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_its_name(tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match="cannot keep measurements"):
         Journal(tmp_path / "file" / "work", SETTINGS)
+
+
+@pytest.mark.parametrize("error", ["-0.5", "NaN", "Infinity", "-Infinity", '"0.1"', "true", "[1]", "1e400"])
+def test_what_is_no_squared_error_is_refused_with_the_file(tmp_path: Path, error: str) -> None:
+    Journal(tmp_path, SETTINGS)
+    with (tmp_path / MEASUREMENTS).open("a") as stream:
+        stream.write(f'{{"what": "a", "squared_error": {error}}}\n')
+    with pytest.raises(RecipeError, match=r"measurements\.jsonl: not the measurements"):
+        Journal(tmp_path, SETTINGS)

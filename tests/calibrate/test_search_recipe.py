@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bitroute.calibrate.search_candidates import label, parse_candidates
+from bitroute.calibrate.search_candidates import parse_candidates
 from bitroute.calibrate.search_recipe import Draft, group_of, planned_recipe, recipe_text
 from bitroute.calibrate.search_space import Keep, Space, choose_component, open_space
 from bitroute.convert.checkpoint import open_pipeline
@@ -79,7 +79,7 @@ def test_blocks_that_are_treated_alike_share_a_rule_that_says_what_it_is_worth(o
 
 def test_a_method_and_a_container_are_written_as_recipes_say_them(open_tiny: Open) -> None:
     space = open_tiny("none", "mxfp4:method.rotate=32,keep")
-    assert "    method: {rotate: 32}" in written(space, dict(space.uniform("mxfp4 (method rotate 32)")))
+    assert "    method: {rotate: 32}" in written(space, dict(space.uniform("mxfp4 (rotate 32)")))
     native = open_tiny("none", "int8,float8,keep")
     assert "    container: native" in written(native, dict(native.uniform("int8")), "native")
 
@@ -133,4 +133,4 @@ def test_a_model_without_a_denoiser_and_a_denoiser_that_is_not_there_are_refused
 def test_a_group_is_a_name_without_its_block_number() -> None:
     assert group_of("blocks.3.attn.to_out.0") == "blocks.*.attn.to_out.0"
     assert group_of("proj_out") == "proj_out"
-    assert label(parse_candidates("int8")[0]) == "int8"
+    assert str(parse_candidates("int8")[0]) == "int8"

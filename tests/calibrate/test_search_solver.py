@@ -72,3 +72,10 @@ def test_without_scipy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(RecipeError, match=r'pip install "bitroute\[search\]"'):
         check_solver()
+
+
+def test_a_format_that_ruins_a_layer_does_not_hide_what_the_others_lose() -> None:
+    """Errors below a ten-millionth of the largest are nothing to the solver."""
+    ruined = [Option("a", 10, 1e6), Option("b", 20, 1e-5)]
+    others = [[Option("a", 10, error), Option("b", 20, 1e-9)] for error in (1e-4, 4e-3, 2e-3, 3e-5)]
+    assert solve([ruined, *others], 80) == [1, 0, 1, 1, 0]

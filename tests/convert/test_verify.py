@@ -294,8 +294,10 @@ def test_a_layer_of_zeros_is_exact_in_every_format(source: Path, write_recipe: C
     for layer in layers:
         tensors[f"{layer}.weight"].zero_()
     save_file(tensors, file, metadata={"format": "pt"})
+    options = {"int8-group": {"group": 64}}  # the layers have 192 inputs
     rules = "".join(
-        f"      - {{layers: {layer}, backend: {name}}}\n" for layer, name in zip(layers, names, strict=True)
+        f"      - {{layers: {layer}, backend: {name}, options: {options.get(name, {})}}}\n"
+        for layer, name in zip(layers, names, strict=True)
     )
     recipe = write_recipe(f"components:\n  transformer:\n    rules:\n{rules}")
     found = verify(quantize(recipe, str(source), source.parent / "out"), load=False)
