@@ -16,16 +16,16 @@ from bitroute.convert.document import parse, read_text, shown
 from bitroute.convert.layout import StoredTensor
 from bitroute.errors import BackendError, Problem, RecipeError
 
-__all__ = ["KEEP", "can_use", "default_candidates", "is_fitted", "native_families", "parse_candidates"]
+__all__ = [
+    "KEEP", "can_use", "default_candidates", "is_fitted", "native_families", "parse_candidates", "without_plain",
+]  # fmt: skip
 
 KEEP = "keep"
 WHERE = "--candidates"
 MOST = 32
 DEFAULT = "codebook4:block=32,codebook4:block=16,nf4:scale=mse,mxfp4:scale=mse,nvfp4:scale=mse,int6,int8,float8,keep"
-COMPENSATED = (
-    "codebook4:block=32:method.gptq=true,codebook4:block=16:method.gptq=true,nf4:scale=mse:method.gptq=true,"
-    "nvfp4:scale=mse:method.gptq=true,int6:method.gptq=true,int8,float8,keep"
-)
+ROUNDED = "codebook4:block=32,codebook4:block=16,nf4:scale=mse,nvfp4:scale=mse,int6"
+COMPENSATED = ",".join([*(f"{word}:method.gptq=true" for word in ROUNDED.split(",")), ROUNDED, "int8,float8,keep"])
 EXPECTED = "NAME or NAME:OPTION=VALUE, such as nvfp4:scale=mse,int8,keep; or a YAML file"
 
 
@@ -43,7 +43,7 @@ def parse_candidates(text: str) -> list[Backend]:
 
 
 def default_candidates(compensated: bool = False) -> list[Backend]:
-    """4 bits in several ways, 6, 8 and all; compensated: with GPTQ, which needs the Hessians of the layers' inputs."""
+    """4 bits in several ways, 6, 8 and all; compensated: with GPTQ too, which needs the Hessians of layers' inputs."""
     return _create(_from_words(COMPENSATED if compensated else DEFAULT))
 
 
@@ -56,6 +56,12 @@ def can_use(backend: Backend, stored: Mapping[str, StoredTensor]) -> bool:
 def is_fitted(backend: Backend) -> bool:
     """Whether GPTQ fits it to a Hessian, by which it then loses less than on other inputs."""
     return "hessian" in backend.measured
+
+
+def without_plain(candidates: Mapping[str, Backend], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Of what a layer can have, label → bytes: no format without GPTQ that is there with it."""
+    plain = {str(getattr(candidates[key], "inner", "")) for key in sizes if is_fitted(candidates[key])}
+    return {key: size for key, size in sizes.items() if key not in plain}
 
 
 def native_families(candidates: Iterable[Backend]) -> dict[str, list[Backend]]:

@@ -69,8 +69,10 @@ class Front:
         return points
 
     def uniform(self, listed: Space) -> list[Point]:
-        """Each candidate of a list wherever it can be; without those that were not measured, or gave no numbers."""
-        names = [name for name in listed.candidates if name != KEEP and listed.held(name)]
+        """Each candidate of a list wherever it can be; without those that few layers have, that were not measured,
+        or gave no numbers."""
+        most = sum(len(layer.size_bytes) > 1 for layer in listed.layers) / 2
+        names = [name for name in listed.candidates if name != KEEP and len(listed.held(name)) > most]
         names = [name for name in names if listed.held(name) == self.space.held(name)]
         points = [self.point(self.space.uniform(name), f"all {name}") for name in names]
         return sorted((p for p in points if math.isfinite(p.predicted)), key=lambda point: point.size_bytes)

@@ -19,6 +19,7 @@ from bitroute.calibrate.search_candidates import (
     is_fitted,
     native_families,
     parse_candidates,
+    without_plain,
 )
 from bitroute.calibrate.search_methods import MOST, trials
 from bitroute.calibrate.search_solver import check_solver
@@ -225,6 +226,8 @@ def _measurable(space: Space, statistics: StatisticsFile | None, wish: Wish) -> 
         problems += [misfit] if misfit else []
         stored = statistics.stored(name, layer.name) if statistics else {}
         sizes = {key: size for key, size in layer.size_bytes.items() if can_use(space.candidates[key], stored)}
+        by_default = wish.candidates is None
+        sizes = without_plain(space.candidates, sizes) if by_default else sizes
         layers.append(replace(layer, size_bytes=sizes))
     if problems:
         raise RecipeError(problems[:20])

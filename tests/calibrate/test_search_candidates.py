@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from bitroute.backends import create
-from bitroute.calibrate.search_candidates import default_candidates, native_families, parse_candidates
+from bitroute.calibrate.search_candidates import (
+    default_candidates,
+    native_families,
+    parse_candidates,
+    without_plain,
+)
 from bitroute.errors import RecipeError
 
 
@@ -82,3 +87,12 @@ def test_native_families_hold_only_what_one_library_runs() -> None:
 def test_quantized_activations_are_seen_behind_a_method() -> None:
     weights, both, behind = parse_candidates("int8,nvfp4:activations=nvfp4,nvfp4:activations=nvfp4:method.rotate=32")
     assert [backend.quantizes_activations for backend in (weights, both, behind)] == [False, True, True]
+
+
+def test_a_format_is_tried_with_gptq_and_plain_only_where_gptq_cannot_be() -> None:
+    candidates = {str(backend): backend for backend in default_candidates(compensated=True)}
+    measured = without_plain(candidates, dict.fromkeys(candidates, 1))
+    assert "nvfp4 (scale mse, gptq)" in measured
+    assert not {"nvfp4 (scale mse)", "int6", "codebook4"} & measured.keys()
+    unmeasured = {name: 1 for name, backend in candidates.items() if not backend.measured}
+    assert {"nvfp4 (scale mse)", "int6", "codebook4", "int8", "keep"} <= without_plain(candidates, unmeasured).keys()
