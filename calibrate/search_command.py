@@ -107,8 +107,8 @@ def search_recipe(
     of the model class keeps may get 8-bit weights, never fewer: --keep says otherwise. With --keep none the error is
     least, because a layer's own measurement protects it.
 
-    Each measurement is kept: the same command goes on after an interrupt, and another budget measures nothing anew.
-    Needs pip install "bitroute[search]".
+    Each measurement is kept: the same command goes on after an interrupt, and another goal with the same --work
+    measures nothing anew. Needs pip install "bitroute[search]".
     """
     from bitroute.calibrate.search import run
     from bitroute.calibrate.search_report import check_plot, content, estimate_text, text, write_plot
