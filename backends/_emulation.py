@@ -53,7 +53,7 @@ def largest_input(statistics: Statistics, backend: str) -> Tensor:
             Problem(
                 f"{backend} with static activations has no statistics to go by",
                 got="no absmax for this layer",
-                next_step="`quantize calibrate MODEL --out FILE`, then `--statistics FILE`",
+                next_step="`quantize calibrate MODEL --prompts SET --out FILE`, then `--statistics FILE`",
             )
         )
     return statistics.absmax.float().amax()

@@ -25,7 +25,7 @@ from bitroute.backends._rotation import rotate, rotate_hessian, rotate_second_mo
 from bitroute.backends._rounded import Rounded
 from bitroute.backends._smoothing import divide_hessian, smoothing
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
-from bitroute.errors import BackendError, Problem
+from bitroute.errors import BackendError, Problem, did_you_mean
 
 SMOOTH, UP, DOWN = "smooth", "low_rank_up", "low_rank_down"  # suffixes of what is stored beside the format's own
 HESSIAN, ORDER, FACTORS, SECOND_MOMENT = "method.hessian", "method.order", "method.factors", "method.second_moment"
@@ -224,7 +224,7 @@ class Transformed(Backend):
                 Problem(
                     f"{self.name} with {', '.join(self.method.said)} has no statistics to go by",
                     got=f"no {', '.join(missing)} for this layer",
-                    next_step="`quantize calibrate MODEL --out FILE`, then `--statistics FILE`",
+                    next_step="`quantize calibrate MODEL --prompts SET --out FILE`, then `--statistics FILE`",
                 )
             )
 
@@ -318,10 +318,13 @@ def _rotated(statistics: Statistics, block: int) -> Statistics:
 
 
 def _bad_method(detail: Mapping[str, Any]) -> Problem:
-    name = ".".join(map(str, detail["loc"]))
-    what = f"method: {name!r} is not valid" if name else "'method' is not valid"
-    known = "a mapping of rotate, smooth, low_rank and gptq, such as {rotate: 32, gptq: true}"
-    return Problem(what, "method", got=repr(detail["input"])[:200], expected=f"{detail['msg']}; {known}")
+    name, got = ".".join(map(str, detail["loc"])), repr(detail["input"])[:200]
+    if detail["type"] == "unexpected_keyword_argument":
+        known = [field.name for field in dataclasses.fields(Method)]
+        return Problem(f"no method {name[:40]!r}", "method", "", ", ".join(known), did_you_mean(name[:40], known))
+    if not name:
+        return Problem("'method' is not valid", "method", got, "a mapping such as {rotate: 32, gptq: true}")
+    return Problem(f"method: {name!r} is not valid", "method", got, str(detail["msg"]).removeprefix("Input should be "))
 
 
 def _no_gptq(backend: Backend) -> Problem:

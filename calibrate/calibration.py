@@ -34,7 +34,8 @@ from bitroute.eval.sampling import Sampling, files_in, library_versions
 
 BUDGET_BYTES = 4 * 10**9
 ROWS = 256
-SAVE_SECONDS = 60.0
+SAVE_SECONDS = 5.0
+SAVE_SHARE = 20  # times what saving takes, at least, lies between two savings
 MARGIN_BYTES = 10**7  # of the disk: headers, and what is rounded up
 Offload = Literal["none", "model", "block"]
 Progress = Callable[[str, str], None]  # what is done, and how far that is: empty, then `3 of 16`
@@ -105,7 +106,8 @@ def calibrate(
     timesteps: at how many of a sample's steps, spread evenly, others for the next sample; None: at all of them.
     rows: of each layer's inputs that are kept, a uniform sample. hessian: whether E[x xᵀ] is measured, in the largest
     blocks that fit. budget_bytes: of main memory for all of it; the file is smaller.
-    save_seconds: a state to resume from is written after a sample when the last one is that old.
+    save_seconds: a state to resume from is written after a sample when the last one is that old, or seldomer where
+    that would take more than a twentieth of the time; 0: after every sample.
 
     Raises:
         RecipeError: it cannot be done as asked, all reasons at once. SourceError: no such pipeline.
@@ -192,8 +194,9 @@ def run(
         if overwrite:
             unfinished.unlink(missing_ok=True)
         elif planned.out.exists() and not unfinished.is_file():
+            earlier = _finished(planned, facts)
             report("it is finished: there is nothing to measure", "")
-            return _finished(planned, facts)
+            return earlier
         accumulators = {layer.key: Accumulator(layer, planned.measures.rows) for layer in planned.measures.layers}
         done = restore(planned.out, facts, accumulators) if unfinished.is_file() else 0
         _measure(planned, facts, accumulators, done, report, save_seconds)
@@ -225,16 +228,17 @@ def _measure(
         has_latents = "output_type" in parameters(type(pipe))
         decodes = any(layer.component == "vae" for layer in planned.measures.layers)
         options = {"output_type": "latent"} if has_latents and not decodes else {}
-        saved = time.monotonic()
+        saved, pause = time.monotonic(), save_seconds
         with capture.listening():
             for number, sample in enumerate(samples[done:], start=done):
                 progress("samples", f"{number + 1} of {len(samples)}" if number > done else "")
                 capture.begin(number)
                 run_pipeline(pipe, planned.sampling, sample, **options)
-                if time.monotonic() - saved >= save_seconds:
+                if (begun := time.monotonic()) - saved >= pause:
                     with _writing(planned.out):
                         save(planned.out, facts, accumulators, number + 1)
                     saved = time.monotonic()
+                    pause = save_seconds and max(save_seconds, SAVE_SHARE * (saved - begun))
 
 
 def _load(planned: Planned) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -192,8 +193,11 @@ def _source(wish: Wish, base: RecipeFile) -> dict[str, str]:
 
 
 def _check_goal(wish: Wish) -> None:
-    if sum(goal is not None for goal in (wish.bits, wish.budget_bytes, wish.gate)) != 1:
-        raise RecipeError(Problem("not one goal", got="none or several", expected="one of --bits, --budget and --gate"))
+    goals = {"--bits": wish.bits, "--budget": wish.budget_bytes, "--gate": wish.gate}
+    said = [name for name, goal in goals.items() if goal is not None]
+    if len(said) != 1:
+        got, expected = " and ".join(said) or "none", f"one of {', '.join(goals)}"
+        raise RecipeError(Problem("a search has one goal", "", got, expected))
     if wish.gate is not None and not parse_gate(wish.gate):
         raise RecipeError(Problem("the gate has no limit", "--gate", expected="such as lpips<0.1"))
     if wish.bits is not None and not 0 < wish.bits <= 64:
@@ -234,7 +238,8 @@ def _measurable(space: Space, statistics: StatisticsFile | None, wish: Wish) -> 
     for key, backend in space.candidates.items():
         if backend.measured and not any(key in layer.size_bytes for layer in layers):
             what = f"candidate {key} needs statistics: {', '.join(sorted(backend.measured))}"
-            problems.append(Problem(what, "--candidates", next_step="quantize calibrate MODEL, then --statistics FILE"))
+            mend = "`quantize calibrate MODEL --prompts SET --out FILE`, then --statistics FILE"
+            problems.append(Problem(what, "--candidates", next_step=mend))
     if problems:
         raise RecipeError(problems)
     return replace(space, layers=tuple(layers))
@@ -250,7 +255,7 @@ def _check_budget(search: Search) -> None:
     bits = 8 * (least + space.fixed_bytes) / space.parameters
     whole = least + space.fixed_bytes + space.other_bytes
     got = f"{wish.bits:g} bits" if wish.bits is not None else f"{wish.budget_bytes:,} bytes for the whole checkpoint"
-    mend = ""
+    mend = "" if wish.keep == "none" else "--keep none lets few bits into the layers that the profile keeps"
     if wish.bits is None and space.other_bytes > least + space.fixed_bytes:
         mend = f"{space.other_bytes:,} bytes are other parts: quantize them by a recipe, --recipe BASE"
     raise RecipeError(
@@ -264,7 +269,10 @@ def settings(search: Search) -> dict[str, Any]:
     wish, statistics = search.wish, search.statistics
     return {
         "model": search.pipeline.name, "component": search.space.component.name,
-        "original, prompts, call or libraries": wish.sampling.key(Path(search.pipeline.folder).absolute()),
+        **{name: value for name, value in wish.sampling.describe().items() if value},
+        "prompts": hashlib.sha256(json.dumps(wish.sampling.prompts).encode()).hexdigest()[:16],
+        "hardware": wish.sampling.hardware,
+        "original or libraries": wish.sampling.key(Path(search.pipeline.folder).absolute()),
         "number of samples": wish.samples, "dtype": wish.dtype,
         "way to measure": "estimate" if wish.estimate else "all",
         "statistics file": _fingerprint(statistics.file) if statistics else None,

@@ -204,7 +204,7 @@ def _refuse_quantized(component: Component) -> None:
             Problem(
                 f"component {component.name!r} is already quantized", str(component.folder), got=got,
                 expected="bf16, fp16 or fp32 weights",
-                next_step="start from the original model; or `quantize dequantize` it first, or give --dequantize: "
-                "the errors of both add up",
+                next_step="start from the original model; or `quantize dequantize` it first (a job can do that itself: "
+                "--dequantize): the errors of both add up",
             )
         )  # fmt: skip

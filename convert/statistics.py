@@ -82,6 +82,9 @@ def open_statistics(file: Path) -> StatisticsFile:
     Raises:
         SourceError: no safetensors file, one that calibration did not write, or one of another version.
     """
+    if not file.exists():
+        mend = "`quantize calibrate MODEL --prompts SET --out FILE` writes one"
+        raise SourceError(Problem("there are no statistics", str(file), "no such file", next_step=mend))
     header = read_header(file)
     try:
         found = json.loads(header.metadata[METADATA])
@@ -180,7 +183,7 @@ def _lacking(missing: str, entries: Sequence[Entry], file: StatisticsFile | None
     more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
     if file is None:
         what, got = f"{entries[0].backend} needs statistics", f"none, for {names}{more}"
-        mend = "`quantize calibrate MODEL --out FILE`, then `--statistics FILE`"
+        mend = "`quantize calibrate MODEL --prompts SET --out FILE`, then `--statistics FILE`"
         return Problem(what, entries[0].where, got, next_step=mend)
     return Problem(
         f"{entries[0].backend} needs {missing} of its layer's input", entries[0].where,
@@ -212,6 +215,4 @@ def _fits(kind: str, spec: TensorSpec, columns: int) -> bool:
 
 
 def _no_statistics(file: Path, got: str) -> SourceError:
-    return SourceError(
-        Problem("not a statistics file", str(file), got, "what `quantize calibrate MODEL --out FILE` wrote")
-    )
+    return SourceError(Problem("not a statistics file", str(file), got, "what `quantize calibrate` wrote"))

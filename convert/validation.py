@@ -114,9 +114,8 @@ def _apply(cut: _Cut, document: Value, damaged: set[Value]) -> bool:
     if cut.child is None:
         return False
     if cut.child is cut.parent.child("backend"):
-        options = cut.parent.child("options")
-        if options:  # they were meant for the backend that is not known
-            cut.parent.remove(options)
+        for beside in filter(None, map(cut.parent.child, ("options", "method"))):
+            cut.parent.remove(beside)  # they were meant for the backend that is not known
     cut.parent.remove(cut.child)
     if not cut.harmless:
         damaged.add(cut.parent)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,19 @@ def _samples(candidate: Candidate, evaluation: Evaluation) -> list[dict[str, Any
 def _notes(evaluation: Evaluation) -> list[str]:
     whose = "the original's" if evaluation.share_text else "their own"
     of_scores = sorted({note for scores in evaluation.floor.values() for note in scores.notes})
-    return [f"Candidates encode prompts with {whose} text encoders", *of_scores]
+    return [f"Candidates encode prompts with {whose} text encoders", *of_scores, *_seen_before(evaluation)]
+
+
+def _seen_before(evaluation: Evaluation) -> Iterator[str]:
+    """What a candidate was calibrated on flatters it."""
+    prompts = set(evaluation.sampling.prompts)
+    for candidate in evaluation.candidates:
+        found: Any = provenance_of(candidate.model)
+        for key in ("statistics", "settings", "prompts"):
+            found = found.get(key) if isinstance(found, dict) else None
+        seen = prompts.intersection(map(str, found if isinstance(found, list) else []))
+        if seen:
+            yield f"{candidate.name} was calibrated on {len(seen)} of these {len(prompts)} prompts: judge it on others"
 
 
 def _folder_name(candidate: Candidate) -> str:

@@ -229,7 +229,7 @@ def test_shapes_that_a_method_cannot_hold_are_refused() -> None:
         ("nvfp4", {"low_rank": 0}, "greater than or equal to 1"),
         ("nvfp4", {"low_rank": True}, "valid integer"),
         ("nvfp4", {"gptq": "yes"}, "valid boolean"),
-        ("nvfp4", {"spin": 1}, "rotate, smooth, low_rank and gptq"),
+        ("nvfp4", {"spin": 1}, "rotate, smooth, low_rank, gptq"),
         ("nvfp4", ["gptq"], "a mapping"),
         ("nf4", {"gptq": True}, "say `scale: mse`"),
         ("int8", {"gptq": True}, "rounds weight by weight"),

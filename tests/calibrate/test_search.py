@@ -198,7 +198,7 @@ def test_a_model_on_the_hub_is_downloaded_when_it_is_measured(
     ("changed", "word"),
     [
         ({"bits": 4.2}, "at least 4.5"), ({"bits": None, "budget_bytes": 3_000_000}, "a checkpoint of"),
-        ({"bits": None}, "not one goal"), ({"gate": "lpips<0.1"}, "not one goal"), ({"bits": float("nan")}, "--bits"),
+        ({"bits": None}, "one goal"), ({"gate": "lpips<0.1"}, "--bits and --gate"), ({"bits": float("nan")}, "--bits"),
         ({"candidates": "nvfp5"}, "nvfp5"), ({"component": "vae"}, "no such denoiser"),
         ({"base": "nothing"}, "no recipe"),
         ({"candidates": "nvfp4:method.gptq=true:scale=mse,keep"}, "needs statistics: hessian"),

@@ -160,7 +160,7 @@ def test_static_activations_behind_a_rotation_need_rows_of_the_input(tmp_path: P
 
 
 def test_a_home_folder_that_nobody_has_is_a_file_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="cannot read the file"):
+    with pytest.raises(SourceError, match="there are no statistics"):
         plan(recipe(tmp_path, "{rotate: 64}"), statistics="~nobody-of-that-name/statistics.safetensors")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from signal import SIGINT, default_int_handler, pthread_kill, signal
+from signal import SIGINT, pthread_kill
 from threading import Event, Timer, main_thread
 
 import pytest
@@ -40,7 +40,6 @@ def test_an_error_stops_the_other_tasks_and_is_raised() -> None:
 
 def test_an_interrupt_stops_every_task() -> None:
     assert main_thread().ident
-    signal(SIGINT, default_int_handler)  # a shell starts what runs in the background without one
     start, started = time.monotonic(), Event()
     Timer(0.2, pthread_kill, (main_thread().ident, SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
