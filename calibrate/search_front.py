@@ -86,7 +86,11 @@ class Front:
 
     @cached_property
     def _spaces(self) -> list[Space]:
-        return [self.space.only(family) for family in self.families]
+        """Those in which every layer has a choice that gave numbers."""
+        spaces = [self.space.only(family) for family in self.families]
+        if found := [space for space in spaces if all(self._items(space))]:
+            return found
+        raise JobError(Problem("no format gave numbers for some layer", next_step="add other --candidates"))
 
     def _best(self, space: Space, budget_bytes: int, name: str, give_up: float) -> Point:
         items = self._items(space)

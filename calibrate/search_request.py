@@ -157,10 +157,20 @@ def prepare(wish: Wish) -> Search:
     check_call(pipeline.folder, wish.sampling)
     component = choose_component(pipeline, wish.component)
     space = open_space(base, pipeline, component, [b for family in families for b in family], wish.keep, statistics)
-    space = _measurable(space, statistics, wish)
+    space = replace(_measurable(space, statistics, wish), native=wish.native)
+    families = _loadable(space, families) if wish.native else families
     search = Search(wish, base, pipeline, space, space, families, statistics)
     _check_budget(search)
     return search
+
+
+def _loadable(space: Space, families: list[list[Backend]]) -> list[list[Backend]]:
+    """Those whose loader can keep the layers that nothing else can hold apart from the others."""
+    reasons = [space.only(family).unloadable() for family in families]
+    if all(reasons):
+        mend = "leave --container native out, or give candidates of another library"
+        raise RecipeError(Problem("no native container can be loaded", "--candidates", reasons[0], next_step=mend))
+    return [family for family, reason in zip(families, reasons, strict=True) if not reason]
 
 
 def _base(wish: Wish) -> RecipeFile:

@@ -12,6 +12,7 @@ from bitroute.backends.base import Backend
 from bitroute.calibrate.search_candidates import KEEP
 from bitroute.convert.architecture import build_model
 from bitroute.convert.checkpoint import Component, Pipeline
+from bitroute.convert.container import NATIVE
 from bitroute.convert.entry import Entry
 from bitroute.convert.inference import infer
 from bitroute.convert.layout import StoredTensor, total_bytes
@@ -54,6 +55,7 @@ class Space:
     component: Component
     layers: tuple[Layer, ...]
     candidates: Mapping[str, Backend]  # label → backend
+    native: bool = False  # whether one library's container must hold the choice
 
     @cached_property
     def parameters(self) -> int:
@@ -96,7 +98,23 @@ class Space:
             replace(layer, size_bytes={name: size for name, size in layer.size_bytes.items() if name in allowed})
             for layer in self.layers
         )
-        return replace(self, layers=tuple(layers))
+        found = replace(self, layers=tuple(layers))
+        return replace(found, layers=tuple(map(found._kept_apart, found.layers))) if self.native else found
+
+    def unloadable(self, kept: str = "") -> str:
+        """Why no native container can hold all layers that can be quantized, but for `kept`; empty where one can."""
+        entries = []
+        for layer in self.layers:
+            own = next((n for n in layer.size_bytes if n != KEEP), KEEP) if layer.name != kept else KEEP
+            entries.append(replace(layer.entry, backend=self.candidates[own]))
+        families = {entry.backend.family for entry in entries if entry.quantized} & NATIVE.keys()
+        return "".join(NATIVE[family].cannot(entries, self.component.library) for family in sorted(families))
+
+    def _kept_apart(self, layer: Layer) -> Layer:
+        """Without `keep` where the loader would keep others too."""
+        if len(layer.size_bytes) < 2 or KEEP not in layer.size_bytes or not self.unloadable(layer.name):
+            return layer
+        return replace(layer, size_bytes={name: size for name, size in layer.size_bytes.items() if name != KEEP})
 
 
 def choose_component(pipeline: Pipeline, wanted: str | None) -> Component:

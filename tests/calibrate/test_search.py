@@ -164,9 +164,20 @@ def test_calls_are_spread_over_steps_and_samples() -> None:
 
 
 def test_a_native_container_gets_formats_of_one_library(wish: Make) -> None:
-    native = prepare(wish(native=True, candidates="nvfp4:scale=mse,int8,mxfp4:scale=mse,nf4,keep", bits=5.0))
+    listed = "nvfp4:scale=mse,int8,mxfp4:scale=mse,nf4,keep"
+    native = prepare(wish(native=True, candidates=listed, bits=5.0, keep="none"))
     names = [[str(backend) for backend in family] for family in native.families]
     assert names == [["nvfp4 (scale mse)", "int8", "keep"], ["nf4", "keep"]]
+
+
+def test_a_native_container_is_not_asked_to_keep_what_its_loader_cannot_keep_apart(wish: Make) -> None:
+    """That of bitsandbytes knows `proj_out` by its last name, which the single blocks' have too."""
+    search = prepare(wish(native=True, candidates="nf4,keep", bits=5.0, keep="none"))
+    choices = {layer.name: set(layer.size_bytes) for layer in search.space.only(search.families[0]).layers}
+    assert choices["proj_out"] == {"nf4"}
+    assert choices["single_transformer_blocks.0.proj_out"] == {"nf4", "keep"}
+    with pytest.raises(RecipeError, match="no native container can be loaded"):
+        prepare(wish(native=True, candidates="nf4,keep", bits=6.0, keep="profile"))
 
 
 def test_without_a_base_recipe_other_components_stay_as_they_are(wish: Make) -> None:
