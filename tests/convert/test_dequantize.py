@@ -167,7 +167,7 @@ def test_a_quantized_source_is_refused_unless_it_is_dequantized(
     source = str(convert(recipe_of("float8")))
     with pytest.raises(RecipeError, match="already quantized") as refused:
         plan("tiny-flux-fp8", source)
-    assert "or give --dequantize: the errors of both add up" in str(refused.value)
+    assert "--dequantize): the errors of both add up" in str(refused.value)
     by_recipe = plan(write_recipe(f"extends: tiny-flux-fp8\nmodel: {source}\ndequantize: true\n"))
     by_argument = plan("tiny-flux-fp8", source, dequantize=True)
     assert [provenance(made)["source"] for made in (by_recipe, by_argument)] == [
