@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -325,3 +327,19 @@ def test_the_default_output_is_named_after_the_recipe_file(here: Path) -> None:
     shutil.copy(builtin_recipes()["tiny-flux-int8"], here / "my recipe.yaml")
     assert run("--recipe", "my recipe.yaml", "--no-verify").exit_code == 0
     assert (here / "my recipe" / "model_index.json").is_file()
+
+
+def test_what_a_library_makes_of_an_interrupt_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch or diffusers, while they are imported, may turn it into an error of their own."""
+
+    def fail() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("cannot load module more than once per process") from interrupt
+
+    monkeypatch.setitem(main.commands, "fail", click.Command("fail", callback=fail))
+    found = CliRunner().invoke(main, ["fail"], prog_name="quantize")
+    assert found.exit_code == 130
+    assert "interrupted" in found.stderr and "did not expect" not in found.stderr

@@ -157,3 +157,17 @@ def test_a_report_that_cannot_be_written_says_that_nothing_has_to_be_drawn_again
         write_report(found, tmp_path / "file")
     assert str(tmp_path / "file") in str(error.value)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_candidate_that_saw_the_prompts_in_its_calibration_is_named(found: Evaluation, tmp_path: Path) -> None:
+    prompts = found.sampling.prompts
+    for name, statistics in (
+        ("seen", {"settings": {"prompts": [prompts[0], "another"]}}),
+        ("unseen", {"settings": {"prompts": ["another"]}}),
+        ("odd", {"settings": ["prompts"]}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bitroute.json").write_text(json.dumps({"statistics": statistics}))
+    candidates = [replace(found.candidates[0], name=name, model=tmp_path / name) for name in ("seen", "unseen", "odd")]
+    notes = [note for note in describe(replace(found, candidates=candidates))["notes"] if "calibrated" in note]
+    assert notes == [f"seen was calibrated on 1 of these {len(prompts)} prompts: judge it on others"]
