@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from bitroute.calibrate.budget import Measures, measures
 from bitroute.calibrate.capture import Capture
@@ -22,10 +22,11 @@ from bitroute.calibrate.statistics import Accumulator
 from bitroute.calibrate.unfinished import Accumulators, Facts, place_of, restore, save
 from bitroute.convert.bare import check_draws
 from bitroute.convert.checkpoint import Pipeline, open_pipeline
-from bitroute.convert.files import make_folder
+from bitroute.convert.files import held, make_folder, take_lock
 from bitroute.convert.job import check_device, no_access
 from bitroute.convert.reading import read_tensor
 from bitroute.convert.statistics import metadata, open_statistics
+from bitroute.convert.workers import torch_threads
 from bitroute.convert.writer import ShardWriter
 from bitroute.errors import BitrouteError, JobError, Problem, RecipeError, SourceError
 from bitroute.eval.calling import check_call, parameters, run_pipeline
@@ -222,7 +223,7 @@ def _measure(
     if done == len(samples):
         return
     progress("loading the pipeline", "")
-    with _threads(planned.sampling.threads), _said(planned):
+    with torch_threads(planned.sampling.threads), _said(planned):
         pipe = _load(planned)
         capture = Capture(pipe, accumulators, planned.timesteps)
         has_latents = "output_type" in parameters(type(pipe))
@@ -304,31 +305,15 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(wanted: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One calibration at a time writes this file."""
-    place = out.resolve()
-    lock = FileLock(place.with_name(f".{place.name}.bitroute.lock"))
     try:
-        make_folder(place.parent)
-        lock.acquire(timeout=0)
+        make_folder(out.resolve().parent)
+        lock = take_lock(out)
     except Timeout:
         mend = "wait for it, or give another --out"
         raise RecipeError(Problem("another calibration is writing this file", str(out), next_step=mend)) from None
     except OSError as error:
         raise JobError(no_access(error, out)) from error
-    try:
+    with held(lock):
         yield
-    finally:
-        with suppress(OSError):  # where an open file cannot be removed, the release does it
-            Path(lock.lock_file).unlink()
-        lock.release()

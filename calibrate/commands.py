@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitroute.convert.commands import CONTEXT, JSON, OVERWRITE, check_one_way, say_on_stderr, show
-from bitroute.convert.conversion_command import ShardSize
+from bitroute.convert.commands import CONTEXT, JSON, OVERWRITE, Bytes, check_one_way, say_on_stderr, show
 from bitroute.eval.commands import CALL, DEVICE, INPUT, PIPELINE, THREADS
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 @PIPELINE
 @click.option("--components", help="Whose layers: transformer,text_encoder_2  [default: the denoisers]")
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Only these layers, named as rules of recipes do.")
-@click.option("--budget", type=ShardSize(), default="4GB", show_default=True, help="Of memory, for all statistics.")
+@click.option("--budget", type=Bytes(), default="4GB", show_default=True, help="Of memory, for all statistics.")
 @click.option("--rows", type=click.IntRange(0), default=256, show_default=True, help="Of each layer's inputs, kept.")
 @click.option("--no-hessian", is_flag=True, help="Do not measure how channels go together.")
 @DEVICE

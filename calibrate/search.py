@@ -36,7 +36,7 @@ from bitroute.convert.document import write_new
 from bitroute.convert.plan import Plan, fetch
 from bitroute.errors import JobError, Problem
 from bitroute.eval.evaluate import default_cache
-from bitroute.eval.recording import record_apart
+from bitroute.eval.recording import record_apart, recording_of
 from bitroute.eval.sampling import Sampling
 
 __all__ = ["Found", "run", "search", "trial"]
@@ -175,7 +175,7 @@ class _Measure:
     @cached_property
     def bench(self) -> Bench:
         wish, folder = self.search.wish, Path(self.search.pipeline.folder).absolute()
-        recorded = self.cache / f"{wish.sampling.key(folder)}-recorded"
+        recorded = recording_of(folder, wish.sampling, self.cache)
         record_apart(folder, wish.sampling, recorded, heard=self._heard)
         space = self.search.space
         return Bench(space.component, recorded, wish.sampling, wish.samples, DTYPES[wish.dtype], self.search.statistics)

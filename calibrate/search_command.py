@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from bitroute.convert.commands import CONTEXT, JSON, show
-from bitroute.eval.commands import CALL, DEVICE, INPUT, PIPELINE, THREADS
+from bitroute.convert.commands import CONTEXT, JSON, Bytes, show
+from bitroute.eval.commands import CALL, DEVICE, INPUT, PIPELINE, PROMPTS, SIZE, STEPS, THREADS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,22 +23,10 @@ if TYPE_CHECKING:
 GENERAL = "general-16"
 
 
-class Budget(click.ParamType[int]):
-    """`7GB` to bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from bitroute.convert.shards import SIZES, parse_size
-
-        found = parse_size(str(value))
-        return self.fail(f"{value!r} is not {SIZES}", param, ctx) if found is None else found
-
-
 @click.command("search", context_settings=CONTEXT)
 @click.argument("model", required=False)
 @click.option("--bits", type=float, help="Bits per weight of the component, everything counted: 4.6.")
-@click.option("--budget", "budget_bytes", type=Budget(), help="Size of the whole checkpoint, all components: 7GB.")
+@click.option("--budget", "budget_bytes", type=Bytes(), help="Size of the whole checkpoint, all components: 7GB.")
 @click.option("--gate", help="The smallest whose pictures pass these limits on the means: lpips<0.1,psnr>28.")
 @click.option("--recipe-out", "-o", type=click.Path(path_type=Path), required=True, help="The recipe to write.")
 @click.option("--recipe", "-r", "base", help="A recipe for the other components, with the model, and how to run it.")
@@ -58,9 +46,9 @@ class Budget(click.ParamType[int]):
     "--container", type=click.Choice(["auto", "native"]), default="auto", show_default=True,
     help="native: only formats that one library's folder can hold, so that plain diffusers loads the result.",
 )  # fmt: skip
-@click.option("--prompts", help="A prompt set, or a text file, one a line  [default: the recipe's, else general-16]")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps  [default: the recipe's, else the pipeline's]")
-@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the recipe's, else the pipeline's]")
+@PROMPTS
+@STEPS
+@SIZE
 @CALL
 @INPUT
 @PIPELINE

@@ -30,6 +30,18 @@ RESUME = click.option("--resume", is_flag=True, help="Finish an interrupted job;
 NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not verify the result.")
 
 
+class Bytes(click.ParamType[int]):
+    """`2GB` to bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from bitroute.convert.shards import SIZES, parse_size
+
+        found = parse_size(str(value))
+        return self.fail(f"{value!r} is not {SIZES}", param, ctx) if found is None else found
+
+
 def check_one_way(overwrite: bool, resume: bool) -> None:
     if resume and overwrite:
         raise click.UsageError("--resume goes on with what is there, --overwrite begins anew: give one of them")

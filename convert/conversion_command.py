@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from bitroute.convert.commands import CONTEXT, JSON, NO_VERIFY, OVERWRITE, RESUME, VARIANT, check_one_way, print_plan
+from bitroute.convert.commands import (
+    CONTEXT,
+    JSON,
+    NO_VERIFY,
+    OVERWRITE,
+    RESUME,
+    VARIANT,
+    Bytes,
+    check_one_way,
+    print_plan,
+)
 from bitroute.convert.sources import DTYPES, conclude, run_with_bar
 
 if TYPE_CHECKING:
     from bitroute.convert.conversion import Format
 
 
-class ShardSize(click.ParamType[int]):
-    """`2GB` to bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from bitroute.convert.shards import SIZES, parse_size
-
-        found = parse_size(str(value))
-        return self.fail(f"{value!r} is not {SIZES}", param, ctx) if found is None else found
-
-
-SHARD_SIZE = click.option("--shard-size", type=ShardSize(), help="At most this in one weight file  [default: 5GB]")
+SHARD_SIZE = click.option("--shard-size", type=Bytes(), help="At most this in one weight file  [default: 5GB]")
 
 
 @click.command("convert", context_settings=CONTEXT)

@@ -11,6 +11,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from bitroute.convert.workers import check_stop
 
 CHUNK_BYTES = 2**20
@@ -51,6 +53,25 @@ def whole(file: Path, draft: Path | None = None) -> Iterator[FileIO]:
         yield stream
         os.fsync(stream.fileno())
     publish(draft, file)
+
+
+def take_lock(place: Path) -> FileLock:
+    """The lock beside a file or folder that one process at a time may write; raises filelock's Timeout where it is."""
+    place = place.resolve()  # `.` has no name
+    lock = FileLock(place.with_name(f".{place.name}.bitroute.lock"))
+    lock.acquire(timeout=0)
+    return lock
+
+
+@contextmanager
+def held(lock: FileLock) -> Iterator[None]:
+    """Until the end, when no file of it is left."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # where an open file cannot be removed, the release does it
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def create(file: Path) -> FileIO:

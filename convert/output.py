@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from bitroute.convert.bare import CONFIG, INDEX
-from bitroute.convert.files import make_folder, sync
+from bitroute.convert.files import held, make_folder, sync, take_lock
 from bitroute.convert.journal import DONE, DRAFT, UNFINISHED, Journal, read_journal
 from bitroute.convert.plan import WORKSPACE_BYTES, Plan
 from bitroute.convert.reading import read_json
@@ -125,11 +125,9 @@ def check_room(plan: Plan, out: Path, there_bytes: int = 0) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    place = out.resolve()  # `.` has no name
-    lock = FileLock(place.with_name(f".{place.name}.bitroute.lock"))
     try:
         make_folder(out)
-        lock.acquire(timeout=0)
+        lock = take_lock(out)
     except Timeout:
         raise RecipeError(
             Problem("another job is writing this folder", str(out), next_step="wait for it, or give another --out")
@@ -137,12 +135,8 @@ def _locked(out: Path) -> Iterator[None]:
     except OSError as error:
         where = str(error.filename or out)
         raise RecipeError(Problem("the output folder cannot be written", where, got=error.strerror or "")) from error
-    try:
+    with held(lock):
         yield
-    finally:
-        with suppress(OSError):  # where an open file cannot be removed, the release does it
-            Path(lock.lock_file).unlink()
-        lock.release()
 
 
 def _place_problem(plan: Plan, out: Path, names: Sequence[str]) -> Problem | None:

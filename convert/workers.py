@@ -21,9 +21,9 @@ class Stopped(Exception):
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def run_all(tasks: Iterable[Callable[[], None]]) -> None:
     """
     stop = Event()
     futures: list[Future[None]] = []
-    with one_torch_thread(), ThreadPoolExecutor(cores(), initializer=_start, initargs=(stop,)) as pool:
+    with torch_threads(1), ThreadPoolExecutor(cores(), initializer=_start, initargs=(stop,)) as pool:
         try:
             futures += (pool.submit(task) for task in tasks)
             wait(futures, return_when=FIRST_EXCEPTION)

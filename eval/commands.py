@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 Result = tuple[dict[str, Any], str, int]  # for machines, for people, the exit code
 
+PROMPTS = click.option(
+    "--prompts", help="A prompt set, or a text file, one a line  [default: the recipe's, else general-16]"
+)
+STEPS = click.option(
+    "--steps", type=click.IntRange(1), help="Denoising steps  [default: the recipe's, else the pipeline's]"
+)
+SIZE = click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the recipe's, else the pipeline's]")
 CALL = click.option("--call", multiple=True, metavar="NAME=VALUE", help="Any other argument of the pipeline.")
 INPUT = click.option(
     "--input", "inputs", multiple=True, metavar="NAME=FILE",
@@ -40,11 +47,11 @@ THREADS = click.option(
 @click.command("eval", context_settings=CONTEXT)
 @click.argument("original")
 @click.argument("quantized", nargs=-1, required=True)
-@click.option("--prompts", help="A prompt set, or a text file, one a line  [default: the recipe's, else general-16]")
+@PROMPTS
 @click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder of the report.")
 @click.option("--seeds", help="One picture of each prompt per seed: 0,1,2  [default: the recipe's, else 0]")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps  [default: the recipe's, else the pipeline's]")
-@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the recipe's, else the pipeline's]")
+@STEPS
+@SIZE
 @CALL
 @INPUT
 @PIPELINE

@@ -19,7 +19,7 @@ from bitroute.eval.apart import Heard
 from bitroute.eval.calling import check_call
 from bitroute.eval.gate import Limit, parse_gate
 from bitroute.eval.judge import Candidate, Run, Yardstick, draw, judge
-from bitroute.eval.recording import PROMPTS, record_apart
+from bitroute.eval.recording import PROMPTS, record_apart, recording_of
 from bitroute.eval.sampling import Sample, Sampling, library_versions
 from bitroute.eval.scores import Scores, score, unrelated_lpips
 from bitroute.eval.standalone import Chosen, check
@@ -157,7 +157,7 @@ def _stage(report: Progress, what: str) -> Heard:
 
 
 def _record(source: Path, sampling: Sampling, store: Path, prompts: int, report: Progress) -> Path:
-    folder = store / f"{sampling.key(source)}-recorded-{prompts}"
+    folder = recording_of(source, sampling, store, prompts)
     record_apart(source, sampling, folder, prompts, heard=_stage(report, "the original's denoiser"))
     return folder
 

@@ -37,6 +37,11 @@ LAYER_SAMPLES = 2
 LAYER_ROWS = 42  # of each call; with three calls of two samples about 256, 1.3 GB for FLUX.1-dev
 
 
+def recording_of(model: Path, sampling: Sampling, store: Path, prompts: int = PROMPTS) -> Path:
+    """The folder of a recording among the pictures that are kept in `store`."""
+    return store / f"{sampling.key(model)}-recorded-{prompts}"
+
+
 def record_apart(
     model: Path, sampling: Sampling, folder: Path, prompts: int = PROMPTS, heard: Heard | None = None
 ) -> None:

@@ -27,7 +27,7 @@ from bitroute.convert.plan import plan
 from bitroute.convert.reading import read_tensor
 from bitroute.convert.statistics import metadata, open_statistics
 from bitroute.errors import BitrouteError, JobError, RecipeError
-from bitroute.eval.recording import record
+from bitroute.eval.recording import record, recording_of
 from bitroute.eval.replay import Recorded
 from bitroute.eval.sampling import Sampling
 
@@ -46,7 +46,7 @@ def sampling() -> Sampling:
 def cache(tiny: Path, sampling: Sampling, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recording, made in this process: the same as in one of its own, sooner."""
     folder = tmp_path_factory.mktemp("cache")
-    record(tiny, sampling, folder / f"{sampling.key(tiny)}-recorded")
+    record(tiny, sampling, recording_of(tiny, sampling, folder))
     return folder
 
 
@@ -73,7 +73,7 @@ def wish(sampling: Sampling, work: Path, tmp_path: Path) -> Make:
 
 @pytest.fixture(scope="module")
 def bench(tiny: Path, sampling: Sampling, cache: Path, found: Found) -> Bench:
-    recorded = cache / f"{sampling.key(tiny)}-recorded"
+    recorded = recording_of(tiny, sampling, cache)
     return Bench(found.search.space.component, recorded, sampling, 2, torch.float32)
 
 
@@ -306,7 +306,7 @@ def statistics(
     tiny: Path, sampling: Sampling, cache: Path, found: Found, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Of the rows that were recorded: moments and maxima of every layer, and of one the whole E[xᵀ x]."""
-    tape = Recorded(cache / f"{sampling.key(tiny)}-recorded" / "0000-0.safetensors")
+    tape = Recorded(recording_of(tiny, sampling, cache) / "0000-0.safetensors")
     tensors = {}
     for layer in found.search.space.layers:
         x = rows_of(tape, layer.name)
@@ -326,7 +326,7 @@ def rows_of(tape: Recorded, layer: str) -> torch.Tensor:
 def test_what_a_layer_loses_is_known_from_its_hessian(
     statistics: Path, tiny: Path, sampling: Sampling, cache: Path, found: Found
 ) -> None:
-    recorded = cache / f"{sampling.key(tiny)}-recorded"
+    recorded = recording_of(tiny, sampling, cache)
     bench = Bench(found.search.space.component, recorded, sampling, 1, torch.float32, open_statistics(statistics))
     layer, backend = next(layer for layer in found.search.space.layers if layer.name == LAYER), create("nvfp4")
     x, weight = rows_of(Recorded(recorded / "0000-0.safetensors"), LAYER), read_tensor(layer.source)
