@@ -15,7 +15,8 @@ statistics                          what calibration measured, for the layers th
 entry → container → copies → plan   what becomes of each tensor, how a component is stored, what goes along
 fold → describe → table             the plan for configs, machines and people
 files → journal → output            whole files only, what must not change until the end, the folder
-writer → job → dequantize           one shard, the run (workers: a thread per core), the run that only decodes
+writer → streaming → job            one file, blocks of rows on their way to it, the run (workers: a thread per core)
+dequantize                          the run that only decodes
 seal, record → fidelity → verify    what the job wrote, held against its source, loaded (reload, loading)
 markdown, snippet, origin, quality   what a model card is made of
 card → upload → push                the card, one commit, what is refused before it

@@ -12,12 +12,13 @@ from bitroute.convert.checkpoint import open_pipeline
 from bitroute.convert.decoded import DTYPES, as_floats
 from bitroute.convert.describe import written_files
 from bitroute.convert.document import SHOWN, printable
-from bitroute.convert.job import Progress, run
+from bitroute.convert.job import run
 from bitroute.convert.layout import StoredTensor
 from bitroute.convert.plan import Plan, fetch, named, plan_pipeline
 from bitroute.convert.recipe import RecipeFile
 from bitroute.convert.schema import Dequantize
 from bitroute.convert.shards import VARIANT
+from bitroute.convert.streaming import Progress
 from bitroute.errors import Problem, RecipeError
 
 Format = Literal["folder", "single-file"]

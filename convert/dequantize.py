@@ -14,12 +14,13 @@ from bitroute.convert.checkpoint import Pipeline, folder_name, open_pipeline
 from bitroute.convert.decoded import is_quantized, undecodable
 from bitroute.convert.files import make_folder
 from bitroute.convert.foreign import read_file
-from bitroute.convert.job import Progress, run
+from bitroute.convert.job import run
 from bitroute.convert.layout import DerivedTensor, StoredTensor, total_bytes
 from bitroute.convert.plan import Plan, plan_pipeline
 from bitroute.convert.reading import read_blocks
 from bitroute.convert.recipe import RecipeFile
 from bitroute.convert.schema import Dequantize
+from bitroute.convert.streaming import Progress
 from bitroute.convert.workers import check_stop, run_all
 from bitroute.convert.writer import ShardWriter
 from bitroute.errors import BackendError, JobError, Problem, RecipeError, SourceError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -69,11 +71,16 @@ def index_names(component: ComponentPlan) -> list[str]:
     return [index_name(component.component.stem, component.variant)] if len(component.shards) > 1 else []
 
 
+@cache
+def _versions() -> Mapping[str, str]:
+    return {library: version(library) for library in LIBRARIES}
+
+
 def _origin(plan: Plan) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "bitroute": version("bitroute"),
-        "libraries": {library: version(library) for library in LIBRARIES},
+        "libraries": dict(_versions()),
         "source": _source(plan.pipeline),
         **({"statistics": plan.statistics.describe()} if plan.statistics else {}),
         "recipe": {"name": plan.recipe.name, "text": plan.recipe.text},

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitroute.convert.architecture import without_choices
 from bitroute.convert.bare import CONFIG, INDEX
@@ -22,15 +20,11 @@ from bitroute.convert.journal import DONE, Journal, journal_of
 from bitroute.convert.layout import total_bytes
 from bitroute.convert.output import begin, claimed
 from bitroute.convert.plan import ComponentPlan, Plan, fetch, plan
-from bitroute.convert.reading import read_blocks
 from bitroute.convert.schema import Dequantize
-from bitroute.convert.statistics import read_statistics
-from bitroute.convert.workers import check_stop, run_all
+from bitroute.convert.streaming import Progress, Shard, write_shards
+from bitroute.convert.workers import run_all
 from bitroute.convert.writer import ShardWriter, is_written
-from bitroute.errors import BackendError, JobError, Problem, RecipeError, SourceError
-
-Progress = Callable[[int, str], None]  # source bytes done since the last call, what was worked on; from any thread
-
+from bitroute.errors import JobError, Problem, RecipeError, SourceError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -87,15 +81,19 @@ def _write(plan: Plan, out: Path, journal: Journal, device: torch.device, report
     done = _written_shards(plan, out)
     if done:
         report(sum(done.values()), "done before")
+    hashes = write_shards(list(_left(plan, out, done)), device, report)
     for component in plan.components:
-        _write_component(component, out / component.component.place, done, device, report)
+        for name in index_names(component):
+            write_json(out / component.component.place / name, _index(component))
     for name, size_bytes in plan.copied.items():
         _copy(plan, name, size_bytes, out)
     for component, config in zip(plan.components, configs, strict=True):  # last: with it a component looks whole
         write_json(out / component.component.place / CONFIG, config)
     if not plan.pipeline.bare:
         copy(plan.pipeline.folder / INDEX, out / INDEX)
-    journal.finish(out, _hashes(out, [name for name in journal.files if name != DONE]))
+    others = [name for name in journal.files if name != DONE and out / name not in hashes]
+    found = {out / name: digest for name, digest in _hashes(out, others).items()} | hashes
+    journal.finish(out, {name: found[out / name] for name in journal.files if name != DONE})
 
 
 def no_access(error: OSError, out: Path) -> Problem:
@@ -117,6 +115,19 @@ def _written_shards(plan: Plan, out: Path) -> dict[Path, int]:
         for file, shard in _shards(component, out / component.component.place)
         if is_written(file, component.specs(shard), component.container.metadata(shard, component.entries))
     }
+
+
+def _left(plan: Plan, out: Path, done: Container[Path]) -> Iterator[Shard]:
+    """What is to be written; whatever has the name of a shard goes, as its room is needed."""
+    for component in plan.components:
+        folder, container = out / component.component.place, component.container
+        make_folder(folder)
+        for file, entries in _shards(component, folder):
+            if file not in done:
+                file.unlink(missing_ok=True)
+                metadata = container.metadata(entries, component.entries)
+                names = [container.names(entry) for entry in entries]
+                yield Shard(entries, names, ShardWriter(file, component.specs(entries), metadata))
 
 
 def _shards(component: ComponentPlan, folder: Path) -> Iterator[tuple[Path, list[Entry]]]:
@@ -157,67 +168,12 @@ def check_device(device: str) -> None:
         )  # fmt: skip
 
 
-def _write_component(
-    component: ComponentPlan, folder: Path, done: Container[Path], device: torch.device, report: Progress
-) -> None:
-    make_folder(folder)
-    for file, shard in _shards(component, folder):
-        if file in done:
-            continue
-        file.unlink(missing_ok=True)  # its room is needed for the whole one
-        metadata = component.container.metadata(shard, component.entries)
-        with ShardWriter(file, component.specs(shard), metadata) as writer:
-            names = component.container.names
-            run_all(partial(_write_entry, writer, entry, names(entry), device, report) for entry in shard)
-    for name in index_names(component):
-        write_json(folder / name, _index(component))
-
-
 def _config(plan: Plan, component: ComponentPlan) -> dict[str, Any]:
     config: dict[str, Any] = without_choices(component.component.config)
     quantization = component.container.config(component.entries)
     if quantization:
         config["quantization_config"] = {**quantization, "bitroute": summary(plan, component)}
     return config
-
-
-def _write_entry(
-    writer: ShardWriter, entry: Entry, names: dict[str, str], device: torch.device, report: Progress
-) -> None:
-    """Raises JobError where the backend cannot hold the values."""
-    try:
-        statistics = read_statistics(entry.statistics)
-        survey = entry.backend.survey(_blocks(entry, device), entry.weight, statistics)
-        for suffix, tensor in survey.outputs.items():
-            writer.append(names[suffix], tensor)
-        bounds = entry.backend.block_bounds(entry.source.spec.rows)
-        for (start, stop), rows in zip(bounds, _blocks(entry, device), strict=True):
-            for suffix, part in entry.backend.encode(rows, survey.of_rows(start, stop), statistics).items():
-                writer.append(names[suffix], part)
-            report(rows.numel() * entry.source.spec.dtype.itemsize, entry.layer or entry.name)
-    except BackendError as error:
-        raise JobError([replace(problem, where=entry.name) for problem in error.problems]) from error
-
-
-def _blocks(entry: Entry, device: torch.device) -> Iterator[Tensor]:
-    """Raises JobError at the first block of a weight to quantize that holds NaN or infinity."""
-    for rows in read_blocks(entry.source, entry.backend.block_bounds(entry.source.spec.rows)):
-        check_stop()
-        if entry.quantized and not _finite(rows):
-            bad = int((~rows.isfinite()).sum())
-            raise JobError(
-                Problem(
-                    f"the weight of layer {entry.layer!r} is not finite", str(entry.source.file),
-                    got=f"{bad} NaN or infinite values in one block of rows",
-                    next_step="the source is damaged: download it again, or keep this layer to copy it as it is",
-                )
-            )  # fmt: skip
-        yield entry.backend.arithmetic(rows).to(device)
-
-
-def _finite(rows: Tensor) -> bool:
-    """A sum is one pass without temporaries; only a sum that overflows needs the slow look."""
-    return bool(rows.sum(dtype=torch.float32).isfinite()) or bool(rows.isfinite().all())
 
 
 def _index(component: ComponentPlan) -> dict[str, Any]:

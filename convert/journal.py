@@ -15,10 +15,10 @@ from typing import Any
 
 from bitroute.convert.bare import INDEX
 from bitroute.convert.describe import provenance
-from bitroute.convert.files import write_json
+from bitroute.convert.files import write_json, write_text
 from bitroute.convert.plan import ComponentPlan, Plan
 from bitroute.convert.reading import read_json
-from bitroute.convert.seal import SEAL, sealed
+from bitroute.convert.seal import SEAL, sealed_text
 from bitroute.errors import Problem, SourceError
 
 DONE = "bitroute.json"  # the record; it gets its name last of all
@@ -49,10 +49,10 @@ class Journal:
 
     def write(self, out: Path) -> None:
         resume = {"device": self.device, "source": self.source, "earlier": self.earlier}
-        write_json(out / UNFINISHED, {**self.record, "resume": resume}, out / DRAFT)
+        write_json(out / UNFINISHED, {**self.record, "resume": resume}, out / DRAFT, indent=None)
 
     def finish(self, out: Path, hashes: Mapping[str, str]) -> None:
-        write_json(out / DONE, sealed({**self.record, "sha256": hashes}), out / DRAFT)
+        write_text(out / DONE, sealed_text({**self.record, "sha256": hashes}), out / DRAFT)
         (out / UNFINISHED).unlink()
 
     def changes(self, now: Journal) -> list[Problem]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitroute.backends.base import TensorSpec
+from bitroute.convert.files import advise
 from bitroute.convert.layout import DerivedTensor, StoredTensor, check_regular
 from bitroute.errors import Problem, SourceError
 
@@ -26,13 +29,8 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     """
     if isinstance(tensor, DerivedTensor):
         return _derive(tensor)[start:stop].clone()
-    rows = tensor.spec.rows
-    row_bytes = rows.shape[1] * rows.dtype.itemsize
-    buffer = bytearray((stop - start) * row_bytes)
-    if not buffer:
-        return torch.empty(stop - start, rows.shape[1], dtype=rows.dtype)
-    read_into(tensor, start * row_bytes, memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=rows.dtype).reshape(stop - start, rows.shape[1])
+    with _opened(tensor) as stream:
+        return _rows(stream, tensor, start, stop)
 
 
 def read_tensor(tensor: StoredTensor) -> Tensor:
@@ -42,16 +40,35 @@ def read_tensor(tensor: StoredTensor) -> Tensor:
 
 def read_into(tensor: StoredTensor, begin: int, buffer: memoryview) -> None:
     """Fills the buffer with the tensor's bytes from `begin` on; raises as `read_rows` does."""
+    with _opened(tensor) as stream:
+        _fill(stream, tensor, begin, buffer)
+
+
+@contextmanager
+def _opened(tensor: StoredTensor) -> Iterator[FileIO]:
     try:
-        with open(tensor.file, "rb", buffering=0) as stream:
-            stream.seek(tensor.offset + begin)
-            while buffer:
-                got = stream.readinto(buffer)
-                if not got:
-                    raise SourceError(_ends_early(tensor))
-                buffer = buffer[got:]
+        with FileIO(tensor.file) as stream:
+            yield stream
     except OSError as error:
         raise SourceError(Problem(f"cannot read tensor {tensor.name!r}", str(tensor.file), got=str(error))) from error
+
+
+def _rows(stream: FileIO, tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    columns, dtype = tensor.spec.rows.shape[1], tensor.spec.dtype
+    rows = torch.empty(stop - start, columns, dtype=dtype)
+    if rows.numel():
+        buffer = memoryview(rows.view(torch.uint8).flatten().numpy().data)
+        _fill(stream, tensor, start * columns * dtype.itemsize, buffer)
+    return rows
+
+
+def _fill(stream: FileIO, tensor: StoredTensor, begin: int, buffer: memoryview) -> None:
+    stream.seek(tensor.offset + begin)
+    while buffer:
+        got = stream.readinto(buffer)
+        if not got:
+            raise SourceError(_ends_early(tensor))
+        buffer = buffer[got:]
 
 
 def _ends_early(tensor: StoredTensor) -> Problem:
@@ -62,10 +79,21 @@ def _ends_early(tensor: StoredTensor) -> Problem:
 
 
 def read_blocks(tensor: StoredTensor, bounds: Iterator[tuple[int, int]]) -> Iterator[Tensor]:
-    """The rows of each range; what is derived is computed once for all of them."""
-    whole = _derive(tensor) if isinstance(tensor, DerivedTensor) else None
-    for start, stop in bounds:
-        yield read_rows(tensor, start, stop) if whole is None else whole[start:stop].clone()
+    """The rows of each range, while the disk reads ahead; what is derived is computed once for all of them."""
+    if isinstance(tensor, DerivedTensor):
+        whole = _derive(tensor)
+        yield from (whole[start:stop].clone() for start, stop in bounds)
+        return
+    with _opened(tensor) as stream:
+        advise(stream, "WILLNEED", tensor.offset, tensor.spec.size_bytes)
+        yield from (_rows(stream, tensor, start, stop) for start, stop in bounds)
+
+
+def forget(tensor: StoredTensor) -> None:
+    """Leaves the memory in which the system keeps what was read to others."""
+    for part in tensor.parts if isinstance(tensor, DerivedTensor) else (tensor,):
+        with _opened(part) as stream:
+            advise(stream, "DONTNEED", part.offset, part.spec.size_bytes)
 
 
 def _derive(tensor: DerivedTensor) -> Tensor:

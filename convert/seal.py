@@ -14,10 +14,17 @@ SEAL = "seal"
 OPEN = "0" * 64
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with its seal as the last key, to be written by `write_json`, whose text is what is hashed."""
+def sealed_text(content: Mapping[str, Any]) -> str:
+    """The content as `write_json` writes it, with its seal as the last key."""
     text = json.dumps({**content, SEAL: OPEN}, indent=1)
-    return {**content, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+    before, _, after = text.rpartition(OPEN)
+    return before + hashlib.sha256(text.encode()).hexdigest() + after
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sealed_text` holds."""
+    found: dict[str, Any] = json.loads(sealed_text(content))
+    return found
 
 
 def check_seal(file: Path, content: Mapping[str, Any]) -> None:

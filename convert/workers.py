@@ -6,6 +6,7 @@ torch's own threads spin at barriers: on blocks this small and a busy machine th
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from threading import Event, local
 
 import torch
 
+TURN_SECONDS = 50e-6
 _worker = local()
 
 
@@ -30,30 +32,51 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_all(tasks: Iterable[Callable[[], None]]) -> None:
-    """Runs the tasks, as many at a time as there are cores; the first error ends the rest and is raised.
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Whoever comes back from a block's arithmetic waits for Python a tenth of a block's time, not for ten blocks'."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
-    An error or an interrupt stops running tasks at their next `check_stop`.
+
+def run_all(tasks: Iterable[Callable[[], None]]) -> None:
+    """Runs the tasks, as many at a time as there are cores, and what they leave `aside`.
+
+    The first error ends the rest and is raised; it, or an interrupt, stops running tasks at their next `check_stop`.
     """
-    stop = Event()
+    crew = _Crew()
     futures: list[Future[None]] = []
-    with torch_threads(1), ThreadPoolExecutor(cores(), initializer=_start, initargs=(stop,)) as pool:
+    with torch_threads(1), _short_turns(), ThreadPoolExecutor(cores(), initializer=_start, initargs=(crew,)) as pool:
         try:
             futures += (pool.submit(task) for task in tasks)
-            wait(futures, return_when=FIRST_EXCEPTION)
+            if not wait(futures, return_when=FIRST_EXCEPTION).not_done:
+                wait(crew.left)
         finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-    for future in futures:
+            crew.stop.set()
+            for threads in (pool, crew.disk):
+                threads.shutdown(cancel_futures=True)
+    for future in [*futures, *crew.left]:
         error = None if future.cancelled() else future.exception()
         if error and not isinstance(error, Stopped):
             raise error
 
 
+def aside(work: Callable[[], None]) -> None:
+    """Called in a task: leaves what waits for the disk to one more thread, so that the worker can go on."""
+    crew: _Crew = _worker.crew
+    future = crew.disk.submit(work)
+    future.add_done_callback(crew.heed)
+    crew.left.append(future)
+
+
 def check_stop() -> None:
     """Called between blocks: raises Stopped in a worker whose `run_all` is ending."""
-    stop: Event | None = getattr(_worker, "stop", None)
-    if stop and stop.is_set():
+    crew: _Crew | None = getattr(_worker, "crew", None)
+    if crew and crew.stop.is_set():
         raise Stopped
 
 
@@ -62,6 +85,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(stop: Event) -> None:
+class _Crew:
+    """What the threads of one `run_all` share."""
+
+    def __init__(self) -> None:
+        self.stop = Event()
+        self.disk = ThreadPoolExecutor(1, initializer=_start, initargs=(self,))
+        self.left: list[Future[None]] = []
+
+    def heed(self, future: Future[None]) -> None:
+        if not future.cancelled() and future.exception():
+            self.stop.set()
+
+
+def _start(crew: _Crew) -> None:
     torch.set_num_threads(1)
-    _worker.stop = stop
+    _worker.crew = crew

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import deque
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitroute.backends.base import TensorSpec
-from bitroute.convert.files import create, named, publish, write_all
+from bitroute.convert.files import advise, create, named, publish, read_chunks, write_all
 from bitroute.convert.layout import build_header, total_bytes
 from bitroute.errors import JobError, Problem
 
@@ -21,7 +24,7 @@ from bitroute.errors import JobError, Problem
 class ShardWriter:
     """Parts of a tensor are appended along its first dimension; the file gets its name only when complete.
 
-    Threads may append to different tensors at the same time.
+    Threads may append to different tensors at the same time. There is no file before the first of them does.
 
     Raises:
         JobError: a part has another dtype than planned, is one too many, or one is missing at the end.
@@ -30,27 +33,54 @@ class ShardWriter:
     def __init__(self, file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         self.file, self.specs = file, specs
         self.partial = file.with_name(file.name + ".part")
-        header, self._cursors = build_header(specs, metadata)
-        self._ends = {name: self._cursors[name] + spec.size_bytes for name, spec in specs.items()}
-        self._file = create(self.partial)
+        self._header, self._begins = build_header(specs, metadata)
+        self._ends = {name: self._begins[name] + spec.size_bytes for name, spec in specs.items()}
+        self._cursors = dict(self._begins)
+        self._left_bytes = total_bytes(specs.values())
+        self._unread = deque(sorted(self._begins, key=self._begins.__getitem__))  # in the order of the file
+        self._digest = hashlib.sha256(self._header)
         self._turn = Lock()
-        self._write(memoryview(header), 0)
+        self._file: FileIO | None = None
 
-    def append(self, name: str, part: Tensor) -> int:
-        """Bytes written."""
+    def append(self, name: str, part: Tensor) -> bool:
+        """Whether the file is complete with this part, and to be closed."""
         data = part.detach().cpu().contiguous().reshape(-1)
-        end = self._cursors[name] + data.nbytes
+        begin, end = self._cursors[name], self._cursors[name] + data.nbytes
         if part.dtype != self.specs[name].dtype or end > self._ends[name]:
             raise JobError(
                 Problem(
                     f"tensor {name!r} does not come as planned", str(self.file),
-                    got=f"{data.nbytes} bytes of {part.dtype} at byte {self._cursors[name]}",
+                    got=f"{data.nbytes} bytes of {part.dtype} at byte {begin}",
                     expected=f"{self.specs[name].dtype}, ending at byte {self._ends[name]}",
                 )
             )  # fmt: skip
-        self._write(memoryview(data.view(torch.uint8).numpy().data), self._cursors[name])
-        self._cursors[name] = end
-        return data.nbytes
+        if not data.nbytes:
+            return False
+        with self._turn, named(self.partial):
+            stream = self._opened()
+            stream.seek(begin)
+            write_all(stream, memoryview(data.view(torch.uint8).numpy().data))
+            self._cursors[name] = end  # only now: `keep_up` reads what is complete
+            self._left_bytes -= data.nbytes
+            return not self._left_bytes
+
+    def keep_up(self) -> None:
+        """Hashes the tensors that are whole, up to the first that is not, and has the disk begin to write them.
+
+        For one thread, beside those that append.
+        """
+        while self._unread and self._cursors[self._unread[0]] == self._ends[self._unread[0]]:
+            name = self._unread.popleft()
+            begin, size_bytes = self._begins[name], self._ends[name] - self._begins[name]
+            for chunk in read_chunks(self.partial, begin, size_bytes):
+                self._digest.update(chunk)
+            if self._file:
+                advise(self._file, "DONTNEED", begin, size_bytes)
+
+    def sha256(self) -> str:
+        """Of the whole file, once all its tensors are there."""
+        self.keep_up()
+        return self._digest.hexdigest()
 
     def close(self) -> None:
         """Complete, on the disk, and under its own name."""
@@ -59,12 +89,14 @@ class ShardWriter:
             self.abandon()
             raise JobError(Problem(f"tensors were never written: {', '.join(missing[:5])}", str(self.file)))
         with named(self.partial):
-            os.fsync(self._file.fileno())
-            self._file.close()
+            stream = self._opened()
+            os.fsync(stream.fileno())
+            stream.close()
         publish(self.partial, self.file)
 
     def abandon(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -77,10 +109,11 @@ class ShardWriter:
         else:
             self.abandon()
 
-    def _write(self, data: memoryview, offset: int) -> None:
-        with self._turn, named(self.partial):
-            self._file.seek(offset)
-            write_all(self._file, data)
+    def _opened(self) -> FileIO:
+        if self._file is None:
+            self._file = create(self.partial)
+            write_all(self._file, self._header)
+        return self._file
 
 
 def is_written(file: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bool:

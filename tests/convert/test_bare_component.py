@@ -52,7 +52,7 @@ for line in sys.argv[1:]:
     print(name)
 """
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from bitroute import plan
 from bitroute.convert.job import run
@@ -60,6 +60,8 @@ seen = []
 def progress(done, what):
     seen.append(what)
     if len(seen) == 8:
+        while not list(Path(sys.argv[2]).glob("*.safetensors")):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 planned = plan("flux-controlnet-fp8", sys.argv[1], shard_bytes=100_000)
 run(planned, Path(sys.argv[2]), progress=progress)

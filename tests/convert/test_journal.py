@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,15 +53,30 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-def interrupt(recipe: str, out: Path, after_bytes: int, model: str | None = None) -> None:
+class InterruptWithShards(Interrupt):
+    """One that waits for so many finished shards: files are finished beside the work."""
+
+    def __init__(self, after_bytes: int, out: Path, shards: int) -> None:
+        super().__init__(after_bytes)
+        self.out, self.shards = out, shards
+
+    def __call__(self, done_bytes: int, what: str) -> None:
+        deadline = time.monotonic() + 10
+        while self.left < done_bytes and len(list(self.out.rglob("*.safetensors"))) < self.shards:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        super().__call__(done_bytes, what)
+
+
+def interrupt(recipe: str, out: Path, after_bytes: int, model: str | None = None, shards: int = 0) -> None:
     with pytest.raises(KeyboardInterrupt):
-        quantize(recipe, model, out, progress=Interrupt(after_bytes))
+        quantize(recipe, model, out, progress=InterruptWithShards(after_bytes, out, shards))
 
 
 def test_what_is_finished_is_neither_encoded_nor_copied_again(tmp_path: Path, small_shards: None) -> None:
     planned, out = plan(FP8), tmp_path / "out"
     total = sum(component.source_bytes for component in planned.components)
-    interrupt(FP8, out, total - 500_000)
+    interrupt(FP8, out, total - 500_000, shards=6)
     shards = sorted(out.rglob("*.safetensors"))
     assert len(shards) > 5
     before = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in shards}
@@ -112,7 +128,7 @@ def test_a_shard_that_is_not_what_was_planned_is_written_again(
     tmp_path: Path, small_shards: None, damage: Callable[[Path], None]
 ) -> None:
     out = tmp_path / "out"
-    interrupt(FP8, out, 4_000_000)
+    interrupt(FP8, out, 4_000_000, shards=1)
     damage(min((out / "transformer").glob("*.safetensors")))
     quantize(FP8, out=out, resume=True)
     assert verify(out, load=False).problems == []
@@ -267,7 +283,7 @@ def test_a_damaged_journal_is_refused_and_what_lies_beside_it_is_not_believed(
     tmp_path: Path, small_shards: None, convert: Callable[[str], Path], journal: str
 ) -> None:
     out = tmp_path / "out"
-    interrupt(FP8, out, 4_000_000)
+    interrupt(FP8, out, 4_000_000, shards=1)
     (out / JOURNAL).write_text(journal)
     shard = min((out / "transformer").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")

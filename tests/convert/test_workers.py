@@ -9,7 +9,7 @@ from threading import Event, Timer, main_thread
 
 import pytest
 
-from bitroute.convert.workers import check_stop, run_all
+from bitroute.convert.workers import aside, check_stop, run_all
 
 
 def work_for_a_minute(started: Event) -> None:
@@ -49,3 +49,24 @@ def test_an_interrupt_stops_every_task() -> None:
 
 def test_outside_a_worker_nothing_stops() -> None:
     check_stop()
+
+
+def test_work_left_aside_is_done_before_all_is_over() -> None:
+    done = list[int]()
+
+    def slowly(number: int) -> None:
+        time.sleep(0.01)
+        done.append(number)
+
+    run_all(partial(aside, partial(slowly, number)) for number in range(10))
+    assert done == list(range(10))  # by one thread, in the order in which it was left
+
+
+def test_an_error_aside_stops_the_tasks_and_is_raised() -> None:
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    start = time.monotonic()
+    with pytest.raises(OSError, match="the disk is full"):
+        run_all([partial(aside, fail), partial(work_for_a_minute, Event())])
+    assert time.monotonic() - start < 10
