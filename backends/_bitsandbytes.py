@@ -15,17 +15,14 @@ Source of the layout: bitsandbytes 0.50, functional.py (quantize_4bit, QuantStat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import (
     QuantState,
-    dequantize_4bit,
-    dequantize_blockwise,
     get_4bit_type,
-    quantize_4bit,
     quantize_blockwise,
 )
 from bitsandbytes.utils import unpack_tensor_to_dict
@@ -33,9 +30,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bitroute.backends._elements import block_weights, in_blocks
+from bitroute.backends._elements import block_amax, block_weights, in_blocks, looked_up
 from bitroute.backends._rounded import Rounded, Scales
-from bitroute.backends._table import Blocks, read_back, table
+from bitroute.backends._table import SMALLEST_AMAX, Blocks, read_back, table
 from bitroute.backends.base import NONE, NativeRecord, Statistics, Survey, TensorSpec
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -75,12 +72,34 @@ class FourBit(Rounded):
         return specs
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
-        """Everything but the codes, and but absmax where `encode` decides on it."""
-        absmax, mean, nested = torch.empty(0), None, None
-        if self.double_quant:
-            absmax = torch.cat([rows.reshape(-1, self.block).abs().amax(dim=1).float() for rows in blocks])
-            mean = _mean(absmax)
-            absmax, nested = quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
+        """The second level of scales, where they are chosen by it; without one, what describes the format."""
+        if self.pending:
+            return Survey()
+        if not self.double_quant:
+            packed = self._packed(torch.empty(0), weight, None, None)
+            return Survey(outputs={name: packed[name] for name in packed if name != "absmax"})
+        packed, mean = self._second_level([block_amax(rows.reshape(-1, self.block)).float() for rows in blocks], weight)
+        return _searched(packed, mean, weight)
+
+    @property
+    def pending(self) -> frozenset[str]:
+        """The mean of all absmax is subtracted from each."""
+        return frozenset({"absmax"} if self.double_quant and self.scale == "absmax" else ())
+
+    def conclude(self, pending: Mapping[str, Tensor], weight: TensorSpec) -> dict[str, Tensor]:
+        return self._second_level([pending["absmax"]], weight)[0] if self.pending else {}
+
+    def _second_level(self, absmax: Sequence[Tensor], weight: TensorSpec) -> tuple[dict[str, Tensor], Tensor]:
+        """All but the codes, as it is stored, and the mean."""
+        joined = torch.cat(list(absmax))
+        mean = _mean(joined)
+        codes, nested = quantize_blockwise(joined.sub_(mean), blocksize=NESTED_BLOCK)
+        return self._packed(codes, weight, mean, nested), mean
+
+    def _packed(
+        self, absmax: Tensor, weight: TensorSpec, mean: Tensor | None, nested: QuantState | None
+    ) -> dict[str, Tensor]:
+        """By bitsandbytes' own names."""
         state = QuantState(
             absmax=absmax,
             shape=weight.shape,
@@ -91,19 +110,17 @@ class FourBit(Rounded):
             offset=mean,
             state2=nested,
         )
-        packed = state.as_dict(packed=True)
+        packed: dict[str, Tensor] = state.as_dict(packed=True)
         packed["quant_state"] = _padded(packed.pop(f"quant_state.bitsandbytes__{self.quant_type}"))
-        if nested is None or mean is None:
-            return Survey(outputs={name: packed[name] for name in packed if name != "absmax"})
-        if self.scale == "absmax":
-            return Survey(outputs=packed)
-        return _searched(packed, mean, weight)
+        return packed
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
         if self.scale == "mse":
             return super().encode(rows, survey, statistics)
-        codes, state = quantize_4bit(rows, blocksize=self.block, quant_type=self.quant_type)
-        return {"codes": codes} if self.double_quant else {"codes": codes, "absmax": state.absmax}
+        blocks = in_blocks(rows, self.block)
+        absmax = block_amax(blocks)
+        shares = blocks * (1.0 / absmax.clamp(min=SMALLEST_AMAX)).unsqueeze(-1)
+        return {"codes": table(self.quant_type, rows.device).pack(shares), "absmax": absmax.flatten()}
 
     @property
     def in_two_steps(self) -> bool:
@@ -125,13 +142,24 @@ class FourBit(Rounded):
         absmax = Levels.of(survey).codes(scales[0]) if self.double_quant else scales[0]
         return {"codes": blocks.codes(scales[0]), "absmax": absmax.flatten()}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        state = self.quant_state(stored, weight, torch.float32)
-        if state.nested:  # as dequantize_4bit does it, but 8 bits of the largest absmax may round beyond float32
-            absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
-            state.absmax, state.nested = absmax.clamp(max=FLOAT32_MAX), False
-        decoded: Tensor = dequantize_4bit(stored["codes"], state)
-        return decoded
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        """dequantize_4bit bit for bit."""
+        columns = weight.shape[1]
+        codes = stored["codes"].view(weight.shape[0], -1)[start:stop]
+        absmax = self._absmax(stored, start * columns // self.block, stop * columns // self.block)
+        numbers = looked_up(codes, stored["quant_map"], high_first=True)
+        return in_blocks(numbers, self.block).mul_(absmax.view(stop - start, -1, 1)).flatten(1)
+
+    def _absmax(self, stored: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
+        """Of blocks [start, stop), float32; 8 bits of the largest may round beyond it."""
+        found = stored["absmax"][start:stop]
+        if not self.double_quant:
+            return found
+        read_mean = _mean_in_graphs if torch.compiler.is_compiling() else _mean_absmax
+        blocks = torch.arange(start, stop, dtype=torch.int32, device=found.device) // NESTED_BLOCK
+        found = stored["nested_quant_map"].index_select(0, found.int())
+        nested = stored["nested_absmax"].index_select(0, blocks)
+        return found.mul_(nested).add_(read_mean(stored["quant_state"])).clamp_(max=FLOAT32_MAX)
 
     def record(self, weight: TensorSpec) -> NativeRecord:
         names = {suffix: f"weight.{suffix}" for suffix in self.outputs(weight)}
@@ -221,6 +249,17 @@ def _mean(absmax: Tensor) -> Tensor:
     """The plain mean, and where its sum overflows that of the same numbers in larger units."""
     mean, unit = absmax.mean(), 2.0**32
     return torch.where(mean.isfinite(), mean, torch.minimum((absmax / unit).mean() * unit, absmax.amax()))
+
+
+@torch.library.custom_op("bitroute::mean_absmax", mutates_args=())
+def _mean_in_graphs(quant_state: Tensor) -> Tensor:
+    """The same for graphs of torch.compile, which may overwrite what they are given."""
+    return _mean_absmax(quant_state).clone()
+
+
+@_mean_in_graphs.register_fake
+def _(quant_state: Tensor) -> Tensor:
+    return quant_state.new_empty((), dtype=torch.float32)
 
 
 def _mean_absmax(quant_state: Tensor) -> Tensor:

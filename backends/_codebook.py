@@ -6,6 +6,8 @@ weighted mean per code (Lloyd, Least squares quantization in PCM, 1982), with a 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -84,7 +86,13 @@ def learn(sample: Tensor, unit: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def as_table(book: Tensor) -> Table:
-    return Table(book, torch.arange(len(book), dtype=torch.uint8, device=book.device))
+    """The same one for all blocks of a tensor."""
+    return _as_table(tuple(book.tolist()), book.device)
+
+
+@lru_cache(maxsize=64)
+def _as_table(book: tuple[float, ...], device: torch.device) -> Table:
+    return Table(torch.tensor(book, device=device), torch.arange(len(book), dtype=torch.uint8, device=device))
 
 
 def _distances(table: Table) -> Tensor:

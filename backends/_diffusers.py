@@ -13,6 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from bitroute.backends import load
+from bitroute.backends._adapters import answer_for_weights
 from bitroute.errors import BackendError, Problem
 
 
@@ -56,6 +57,7 @@ class BitrouteQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> None:
         self.stored = load.attach(model, self.backends, self.files, keep_in_fp32_modules or ())
         model.register_to_config(quantization_config=self.quantization_config)
+        answer_for_weights(model)
 
     def check_if_quantized_param(
         self, model: nn.Module, value: Tensor, name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
@@ -68,7 +70,8 @@ class BitrouteQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         """Takes the tensor of the file: `value` has already been cast to the model's dtype."""
         layer, _, suffix = name.rpartition(".")
-        setattr(model.get_submodule(layer), suffix, state_dict[name].to(device))
+        quantized: Any = model.get_submodule(layer)
+        quantized.put(suffix, state_dict[name].to(device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         return model

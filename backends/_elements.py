@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bitroute.backends.base import BLOCK_ELEMENTS
 
@@ -20,7 +20,6 @@ _F32_MANTISSA_BITS = 23
 _F32_BIAS = 127
 _F16_MANTISSA_BITS = 10
 _F16_BIAS = 15
-_MAGNITUDE = 0x7FFFFFFF
 _EXPONENT = 0x7F800000
 
 
@@ -76,9 +75,19 @@ class Element:
 
     def load(self, stored: Tensor) -> Tensor:
         """Stored elements [..., columns(n)] → float32 [..., n], not yet multiplied by their scale."""
-        codes = self.codes(stored).to(torch.int16)
-        half = (codes & self._magnitude).bitwise_left_shift_(_F16_MANTISSA_BITS - self.mantissa_bits)
-        half |= (codes << (16 - self.bits)).bitwise_and_(-0x8000)
+        compiling = torch.compiler.is_compiling()
+        if compiling and stored.dtype.is_floating_point:
+            return stored.float()
+        if self.bits == 4:
+            return _e2m1(self.codes(stored)) if compiling else looked_up(stored, _numbers(self, stored.device))
+        return self.read(self.codes(stored))
+
+    def read(self, codes: Tensor) -> Tensor:
+        """uint8 codes → float32; a half has the same fields, only wider ones."""
+        first = codes if self.bits == 8 else codes << (8 - self.bits)
+        signed = first.view(torch.int8).to(torch.int16)  # the sign fills what lies above
+        half = signed.bitwise_left_shift_(_F16_MANTISSA_BITS - self.mantissa_bits - 8 + self.bits)
+        half.bitwise_and_((1 << (_F16_MANTISSA_BITS + self.exponent_bits)) - 1 - 0x8000)
         return half.view(torch.float16).float().mul_(2.0 ** (_F16_BIAS - self.bias))
 
     def codes(self, stored: Tensor) -> Tensor:
@@ -107,8 +116,12 @@ def in_blocks(rows: Tensor, size: int) -> Tensor:
 
 
 def block_amax(blocks: Tensor) -> Tensor:
-    """float32 [..., size] → largest magnitudes [...]; as integers, which order alike and reduce faster."""
-    return (blocks.view(torch.int32) & _MAGNITUDE).amax(-1).view(torch.float32)
+    """Floats of 16 or 32 bits [..., size] → largest magnitudes [...], in their dtype.
+
+    As integers, which order alike and reduce faster; of 16 bits only where blocks are of 64 or more.
+    """
+    integers = torch.int32 if blocks.itemsize == 4 else torch.int16
+    return (blocks.view(integers) & torch.iinfo(integers).max).amax(-1).view(blocks.dtype)
 
 
 def squared_error(blocks: Tensor, element: Element, weights: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -149,6 +162,46 @@ def by_row_blocks(rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([work(block) for block in torch.split(rows, max(1, BLOCK_ELEMENTS // rows.shape[1]))])
 
 
+def new_float32(stored: Tensor) -> Tensor:
+    """Numbers of an 8-bit dtype; torch converts E4M3 one by one on the CPU, which takes ten times as long."""
+    if stored.dtype != E4M3.dtype or stored.device.type != "cpu" or torch.compiler.is_compiling():
+        return stored.float()
+    codes = stored.view(torch.uint8)
+    has_nan = codes.amax() == 0xFF or codes.view(torch.int8).amax() == 0x7F
+    return stored.float() if has_nan else E4M3.read(codes)
+
+
+def _e2m1(codes: Tensor) -> Tensor:
+    """uint8 codes → float32, in floats: of small integers inductor makes no vectors on a CPU."""
+    code = codes.float()
+    size = torch.where(code < 8, code, code - 8)
+    value = torch.maximum(torch.maximum(size / 2, size - 2), 2 * size - 8)  # steps of 1/2, then of 1, then of 2
+    return torch.where(code < 8, value, -value)
+
+
+@cache
+def _numbers(element: Element, device: torch.device) -> Tensor:
+    """What each code stands for, float32 [2^bits]."""
+    return element.read(torch.arange(1 << element.bits, dtype=torch.uint8, device=device))
+
+
+def looked_up(packed: Tensor, numbers: Tensor, high_first: bool = False) -> Tensor:
+    """Bytes [..., n / 2] of two codes, the first in the low nibble or in the high → numbers[code], float32 [..., n]."""
+    if torch.compiler.is_compiling():
+        low, high = (packed & 15).int(), (packed >> 4).int()
+        return numbers[torch.stack([high, low] if high_first else [low, high], dim=-1)].flatten(-2)
+    pairs = numbers.index_select(0, _places(high_first, numbers.device)).view(torch.int64)
+    return pairs.index_select(0, packed.flatten().int()).view(torch.float32).view(*packed.shape[:-1], -1)
+
+
+@cache
+def _places(high_first: bool, device: torch.device) -> Tensor:
+    """The two codes of each byte, int32 [512]."""
+    codes = torch.arange(16, dtype=torch.int32, device=device)
+    pairs = torch.cartesian_prod(codes, codes)
+    return (pairs if high_first else pairs.flip(-1)).flatten()
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int16 codes [..., n] of 4, 6 or 8 bits → uint8 [..., n · bits / 8]."""
     packers = {4: _pack_nibbles, 6: _pack_sixes}
@@ -168,6 +221,8 @@ def _pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def _unpack_nibbles(packed: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # views of another size are not fused
+        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
     wide = packed.to(torch.int16)
     return (wide & 0x0F).bitwise_or_((wide & 0xF0) << 4).view(torch.uint8)
 
@@ -180,6 +235,14 @@ def _pack_sixes(codes: Tensor) -> Tensor:
 
 
 def _unpack_sixes(packed: Tensor) -> Tensor:
-    joined = functional.pad(packed.reshape(*packed.shape[:-1], -1, 3), (0, 1)).view(torch.int32).squeeze(-1)
-    fours = (joined & 0x3F) | (joined & 0xFC0) << 2 | (joined & 0x3F000) << 4 | (joined & 0xFC0000) << 6
+    if torch.compiler.is_compiling():
+        one, two, three = packed.reshape(*packed.shape[:-1], -1, 3).unbind(-1)
+        codes = one & 0x3F, (one >> 6 | two << 2) & 0x3F, (two >> 4 | three << 4) & 0x3F, three >> 2
+        return torch.stack(codes, dim=-1).flatten(-2)
+    aligned = packed.clone()  # in a file it may start anywhere
+    first, second, third = aligned.view(torch.int32).reshape(*packed.shape[:-1], -1, 3).unbind(-1)
+    middle = (first >> 24 & 0xFF) | second << 8, (second >> 16 & 0xFFFF) | third << 16
+    joined = torch.stack([first, *middle, third >> 8], dim=-1).flatten(-2)  # 24 bits, and others above that are ignored
+    twos = (joined & 0xFFF000).bitwise_left_shift_(4).bitwise_or_(joined.bitwise_and_(0xFFF))
+    fours = (twos & 0x0FC00FC0).bitwise_left_shift_(2).bitwise_or_(twos.bitwise_and_(0x003F003F))
     return fours.view(torch.uint8)

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bitroute.backends.base import Statistics
+from bitroute.backends.base import Multiply, Statistics
 from bitroute.errors import BackendError, Problem
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def product(dtype: torch.dtype) -> Multiply:
     """x [..., in] · weight [out, in]ᵀ + bias, of decoded float32 operands, in `dtype`."""
-    bias = None if bias is None else bias.float()
-    with torch.autocast(x.device.type, enabled=False), _full_precision(x.device):
-        result: Tensor = functional.linear(x, weight, bias).to(dtype)
-    return result
+
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.float()
+        with torch.autocast(x.device.type, enabled=False), _full_precision(x.device):
+            return functional.linear(x, weight, bias).to(dtype)
+
+    return multiply
 
 
 def int8_tokens(x: Tensor) -> Tensor:

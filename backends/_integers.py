@@ -84,15 +84,10 @@ class Integers(Rounded):
         stored = {"codes": pack(codes.flatten(1), self.bits)}
         return stored | {name: values.to(STORED) for name, values in zip(("scale", "zero"), scales, strict=False)}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
         names = ("scale",) if self.zero == "none" else ("scale", "zero")
-        parts = []
-        for start, stop in self.block_bounds(weight):
-            codes = in_blocks(unpack(stored["codes"][start:stop], self.bits), self.group).sub_(_half(self.bits))
-            parts.append(
-                _read(codes, tuple(stored[name][start:stop].float().unsqueeze(-1) for name in names)).flatten(1)
-            )
-        return torch.cat(parts)
+        codes = in_blocks(unpack(stored["codes"][start:stop], self.bits), self.group).sub_(_half(self.bits))
+        return _read(codes, tuple(stored[name][start:stop].float().unsqueeze(-1) for name in names)).flatten(1)
 
 
 class Groups:

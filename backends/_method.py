@@ -185,10 +185,17 @@ class Transformed(Backend):
             return {**self.inner.encode(rows, survey, inside), **branch}
         return {**self._compensate(rows, survey, inside), **branch}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        decoded = self.inner.decode(stored, _inside(weight))
+    @property
+    def pending(self) -> frozenset[str]:
+        return self.inner.pending
+
+    def conclude(self, pending: Mapping[str, Tensor], weight: TensorSpec) -> dict[str, Tensor]:
+        return self.inner.conclude(pending, _inside(weight))
+
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        decoded = self.inner.decode_rows(stored, _inside(weight), start, stop)
         if self.method.low_rank:
-            decoded = decoded.addmm(stored[UP].float(), stored[DOWN].float())
+            decoded = decoded.addmm(stored[UP][start:stop].float(), stored[DOWN].float())
         if self.method.rotate:
             decoded = rotate(decoded, self.method.rotate)
         return decoded / stored[SMOOTH] if self.method.smooth else decoded

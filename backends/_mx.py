@@ -105,12 +105,9 @@ class MX(Rounded):
         scaled = in_blocks(rows, BLOCK).mul(_reciprocals(scales[0], self.scale).unsqueeze(-1))
         return {"qdata": self.weight_element.store(scaled).flatten(1), "scale": scales[0].to(torch.uint8).view(E8M0)}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        parts = []
-        for start, stop in self.block_bounds(weight):
-            elements = in_blocks(self.weight_element.load(stored["qdata"][start:stop]), BLOCK)
-            parts.append(elements.mul_(stored["scale"][start:stop].float().unsqueeze(-1)).flatten(1))
-        return torch.cat(parts)
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        elements = in_blocks(self.weight_element.load(stored["qdata"][start:stop]), BLOCK)
+        return elements.mul_(stored["scale"][start:stop].float().unsqueeze(-1)).flatten(1)
 
     def record(self, weight: TensorSpec) -> NativeRecord | None:
         """torchao's MXTensor with emulated activations; None without them, as torchao has no such forward.
@@ -155,7 +152,8 @@ class MX(Rounded):
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activation_element is None:
             return super().linear(x, stored, weight, bias)
-        return product(quantized(x, self.activation_element), self.decode(stored, weight), bias, x.dtype)
+        inputs = quantized(x, self.activation_element)
+        return self.multiplied(inputs, stored, weight, bias, product(x.dtype), torch.float32)
 
 
 def quantized(x: Tensor, element: Element) -> Tensor:

@@ -14,6 +14,7 @@ from optimum.quanto import AbsmaxOptimizer, quantize_weight
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from bitroute.backends._elements import new_float32
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec, cast
 
 COMPUTE_DTYPE = torch.bfloat16
@@ -66,8 +67,8 @@ class QuantoByte(Quanto):
         encoded = quantize_weight(rows, qtype=self.qtype, axis=0, scale=divisor(scale), optimized=False)
         return {"data": encoded._data, "scale": scale.reshape(-1, 1)}  # of a block of one row it is a scalar
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        return stored["data"].float() * stored["scale"].float()
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        return new_float32(stored["data"][start:stop]).mul_(stored["scale"][start:stop].float())
 
 
 def divisor(scale: Tensor) -> Tensor:

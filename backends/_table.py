@@ -8,9 +8,10 @@ and this one of 8.49 %, in three to five times the time of quantizing without a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
+import numpy
 import torch
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
@@ -21,6 +22,7 @@ COARSE = tuple(0.4 + 0.04 * step for step in range(31))  # below 0.75 only where
 FINE = (0.98, 0.99, 1.01, 1.02)
 SMALLEST_AMAX = 1e-38  # of a block, as in bitsandbytes; its reciprocal must be finite
 SMALLEST_SHARE, LARGEST_SHARE = 1e-6, 1e6  # of a scale in its block's amax; beyond, the error no longer depends on it
+UNSURE = 255  # of a place
 BINS = 2048  # of [0, 1], for values that need not be rounded exactly
 
 
@@ -30,17 +32,30 @@ class Table:
     def __init__(self, numbers: Tensor, codes: Tensor) -> None:
         """numbers: float32 [16] in [-1, 1], ascending; codes: uint8 [16], what is stored for them."""
         self.numbers, self.codes, device = numbers, codes, numbers.device
-        self.bounds = bounds = (numbers[1:] + numbers[:-1]) / 2
-        self.upper = torch.cat([bounds, torch.full((1,), torch.inf, device=device)])
+        self.in_order = bool(torch.equal(codes, torch.arange(len(codes), dtype=torch.uint8, device=device)))
+        self.bounds = (numbers[1:] + numbers[:-1]) / 2
         edges = torch.arange(-BINS, BINS + 1, device=device) / BINS
-        self.places = torch.bucketize(edges, bounds, out_int32=True)
-        self.rough = self.numbers[self.places]
+        self.rough = self.numbers[torch.bucketize(edges, self.bounds)]
+
+    @cached_property
+    def by_head(self) -> Tensor:
+        """Of the first 16 bits of a float32 the place, or UNSURE where the other 16 decide; uint8 [65536]."""
+        heads = torch.arange(1 << 16, dtype=torch.int32) << 16
+        first, last = (torch.bucketize(bits.view(torch.float32), self.bounds.cpu()) for bits in (heads, heads | 0xFFFF))
+        return torch.where(first == last, first, UNSURE).to(torch.uint8)
 
     def nearest(self, values: Tensor) -> Tensor:
-        """float32 [...] → places of the nearest numbers, int32 [...]; exact, a tie goes to the lower one."""
-        bins = (values * BINS).floor_().clamp_(-BINS, BINS).add_(BINS).to(torch.int32)
-        places = _looked_up(self.places, bins)  # of the lower edge of a bin; there may be a bound in it
-        places += values > _looked_up(self.upper, places)
+        """float32 [...] → places of the nearest numbers, uint8 [...]; exact, a tie goes to the lower one.
+
+        On a CPU the few that the first 16 bits leave unsure are looked for one by one, 25 times as slow as the rest.
+        """
+        if values.device.type != "cpu":
+            return torch.bucketize(values, self.bounds).to(torch.uint8)
+        heads = (values.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+        places = _looked_up(self.by_head, heads)
+        unsure = torch.from_numpy(numpy.flatnonzero(places.numpy() == UNSURE))  # torch's nonzero takes longer than all
+        exact = torch.bucketize(values.flatten()[unsure], self.bounds).to(torch.uint8)
+        places.view(-1).index_copy_(0, unsure, exact)
         return places
 
     def roughly_nearest(self, values: Tensor, scratch: Tensor) -> Tensor:
@@ -54,8 +69,11 @@ class Table:
 
     def pack(self, values: Tensor) -> Tensor:
         """[...] in row-major order → the codes of the nearest, two to a byte, the first in the high half, [·, 1]."""
-        codes = _looked_up(self.codes, self.nearest(values.flatten()))
-        return (codes[::2] << 4).bitwise_or_(codes[1::2]).unsqueeze(1)
+        codes = self.nearest(values.flatten())
+        if not self.in_order:
+            codes = _looked_up(self.codes, codes)
+        pairs = codes.view(torch.int16)  # the first of two in the low half
+        return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8).unsqueeze(1)
 
 
 def read_back(numbers: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
@@ -121,7 +139,7 @@ class Blocks:
 
 def _looked_up(values: Tensor, places: Tensor) -> Tensor:
     """values[places], several times as fast."""
-    return values.index_select(0, places.flatten()).view_as(places)
+    return values.index_select(0, places.flatten().int()).view_as(places)
 
 
 def reciprocals(shares: Tensor) -> Tensor:

@@ -48,9 +48,13 @@ class BitrouteQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         float32 = model._get_dtype_plan(model.config.dtype)
         self.stored = load.attach(model, self.backends, checkpoint_files, float32, renaming(model))
-        for name in self.backends:
-            # or transformers decodes every weight, only to fill the copy with random numbers
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """transformers would have floats trained, and codes and scales are none."""
+        for layer in load.quantized_layers(model):
+            for tensor in layer.stored.values():
+                tensor.requires_grad_(False)
+        return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         load.dequantize(model, None if dtype == model.config.dtype else dtype)

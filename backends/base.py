@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -28,7 +28,11 @@ CODES = {  # as safetensors headers spell dtypes
     torch.bool: "BOOL",
 }  # fmt: skip
 ARITHMETIC_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what `encode` reads
-BLOCK_ELEMENTS = 256 * 1024  # a block of rows and its temporaries stay in the cache
+BLOCK_ELEMENTS = 384 * 1024  # a block of rows and its temporaries stay in the cache
+DECODED_ELEMENTS = 512 * 1024  # the same where rows are decoded
+PART_ELEMENTS = 4 * 2**20  # and multiplied: enough for a fast product, and freed memory of this size is used again
+DEVICE_ELEMENTS = 16 * 2**20  # both where the device is not the CPU, and every launch costs
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [..., in], weight [out, in], bias → [..., out]
 REGISTRY: dict[str, type[Backend]] = {}
 
 
@@ -75,6 +79,8 @@ class Survey:
     rowwise: Mapping[str, Tensor] = field(default_factory=dict)  # the same, [out, …]: `encode` gets those of its rows
 
     def of_rows(self, start: int, stop: int) -> Survey:
+        if not self.rowwise:
+            return self
         return dataclasses.replace(self, rowwise={name: fact[start:stop] for name, fact in self.rowwise.items()})
 
 
@@ -209,9 +215,38 @@ class Backend(ABC):
         `survey` already completed are not repeated.
         """
 
+    @property
+    def pending(self) -> frozenset[str]:
+        """Row-wise outputs that `encode` gives in a form that only `conclude` makes what is stored."""
+        return frozenset()
+
+    def conclude(self, pending: Mapping[str, Tensor], weight: TensorSpec) -> dict[str, Tensor]:
+        """Of all rows, what is pending → what is stored for it; it saves a second look at the weight."""
+        return {}
+
     @abstractmethod
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        """The weight [out, in] in float32 that the stored tensors stand for."""
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the weight [out, in] that the stored tensors stand for, float32, in one go."""
+
+    def decode(
+        self,
+        stored: Mapping[str, Tensor],
+        weight: TensorSpec,
+        dtype: torch.dtype = torch.float32,
+        rows: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """What the stored tensors stand for, rounded once to `dtype`: the weight [out, in], or some rows of it.
+
+        It goes by blocks that stay in the cache; a graph of torch.compile takes all at once, and fuses that.
+        """
+        first, last = rows or (0, weight.shape[0])
+        if torch.compiler.is_compiling():
+            return self.decode_rows(stored, weight, first, last).to(dtype)
+        device = next(iter(stored.values())).device
+        found = torch.empty((last - first, weight.shape[1]), dtype=dtype, device=device)
+        for start, stop in _spans(first, last, _elements(DECODED_ELEMENTS, device) // weight.shape[1]):
+            found[start - first : stop - first] = self.decode_rows(stored, weight, start, stop)
+        return found
 
     def importance(self, stored: Mapping[str, Tensor]) -> Tensor | None:
         """What the errors of each input channel [in] are multiplied by before they are judged; None for all alike."""
@@ -235,8 +270,28 @@ class Backend(ABC):
 
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         """x [..., in] through the stored weight, in the dtype of x."""
-        decoded = self.decode(stored, weight).to(x.dtype)
-        return functional.linear(x, decoded, None if bias is None else bias.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        return self.multiplied(x, stored, weight, bias, functional.linear, x.dtype)
+
+    def multiplied(
+        self,
+        x: Tensor,
+        stored: Mapping[str, Tensor],
+        weight: TensorSpec,
+        bias: Tensor | None,
+        multiply: Multiply,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """`multiply` with the weight in `dtype`, some rows after others: never more of it in memory than these."""
+        rows, columns = weight.shape
+        step = _elements(PART_ELEMENTS, x.device) // columns
+        if rows <= step or torch.compiler.is_compiling():
+            return multiply(x, self.decode(stored, weight, dtype), bias)
+        parts = [
+            multiply(x, self.decode(stored, weight, dtype, span), None if bias is None else bias[slice(*span)])
+            for span in _spans(0, rows, step)
+        ]
+        return torch.cat(parts, dim=-1)
 
     def attach(self, layer: nn.Module, stored: Mapping[str, Tensor]) -> nn.Module:
         """The linear layer or convolution that runs from `stored` (meta tensors while a checkpoint is being loaded)."""
@@ -263,7 +318,8 @@ class Backend(ABC):
             for (start, stop), rows in zip(bounds, self.blocks(weight), strict=True)
         ]
         rowwise = {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
-        return {**survey.outputs, **rowwise}
+        pending = {suffix: rowwise.pop(suffix) for suffix in self.pending}
+        return {**survey.outputs, **rowwise, **self.conclude(pending, spec)}
 
     def blocks(self, weight: Tensor) -> Iterator[Tensor]:
         """The rows of a weight [out, in] as `encode` reads them: contiguous and without a gradient."""
@@ -278,6 +334,15 @@ class Backend(ABC):
         step = max(multiple, BLOCK_ELEMENTS // max(columns, 1) // multiple * multiple)
         for start in range(0, max(rows, 1), step):
             yield start, min(start + step, rows)
+
+
+def _elements(count: int, device: torch.device) -> int:
+    return count if device.type == "cpu" else DEVICE_ELEMENTS
+
+
+def _spans(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, last, max(1, step)):
+        yield start, min(start + max(1, step), last)
 
 
 KEEP_IT = "keep the layer as it is in the source: backend keep, dtype source"

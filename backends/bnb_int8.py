@@ -48,10 +48,10 @@ class BnbInt8(Backend):
         # a zero row is divided by its amax, and what an integer makes of NaN depends on the processor
         return {"codes": codes.masked_fill(amax[:, None] == 0, 0), "SCB": scale}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
         """int8_vectorwise_dequant bit for bit, where that is finite: a power of two changes no digit."""
-        decoded = stored["codes"] * (stored["SCB"] / HEADROOM).unsqueeze(1)
-        return decoded.mul_(HEADROOM / 127)
+        scale = (stored["SCB"][start:stop] / HEADROOM).unsqueeze(1)
+        return stored["codes"][start:stop].float().mul_(scale).mul_(HEADROOM / 127)
 
     def record(self, weight: TensorSpec) -> NativeRecord:
         names = {"codes": "weight", "SCB": "SCB", "weight_format": "weight_format"}

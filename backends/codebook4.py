@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from bitroute.backends._codebook import Mirrored, as_table, learn, search
-from bitroute.backends._elements import E4M3, block_amax, block_weights, in_blocks
+from bitroute.backends._elements import E4M3, block_amax, block_weights, in_blocks, looked_up
 from bitroute.backends._rounded import Rounded, Scales
 from bitroute.backends._table import Blocks, read_back
 from bitroute.backends.base import NONE, Statistics, Survey, TensorSpec
@@ -83,15 +83,10 @@ class Codebook4(Rounded):
         codes = blocks.codes(scales[0]).reshape(rows.shape[0], rows.shape[1] // 2)
         return {"codes": codes, "scale": (scales[0] / survey.outputs["per_tensor_scale"]).to(E4M3.dtype)}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        parts = []
-        for start, stop in self.block_bounds(weight):
-            codes = stored["codes"][start:stop].int()
-            pairs = torch.stack([codes >> 4, codes & 15], dim=-1)
-            scales = E4M3.load(stored["scale"][start:stop]) * stored["per_tensor_scale"]
-            numbers = stored["book"].index_select(0, pairs.flatten())
-            parts.append(numbers.view(*scales.shape, self.block).mul_(scales.unsqueeze(-1)).flatten(1))
-        return torch.cat(parts)
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        numbers = looked_up(stored["codes"][start:stop], stored["book"], high_first=True)
+        scales = E4M3.load(stored["scale"][start:stop]).mul_(stored["per_tensor_scale"])
+        return in_blocks(numbers, self.block).mul_(scales.unsqueeze(-1)).flatten(1)
 
 
 def _sampled(count: int, wanted: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.nn import functional
 from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -24,6 +25,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
+from bitroute.backends._elements import block_amax, new_float32
 from bitroute.backends._emulation import largest_input, product
 from bitroute.backends._torchao import (
     COMPUTE_DTYPE,
@@ -75,20 +77,20 @@ class Float8(Backend):
             outputs[INPUT_SCALE] = largest_input(statistics, self.name).clamp(min=AMAX_FLOOR) / E4M3_MAX
         if self.granularity == "row":
             return Survey(outputs=outputs)
-        amax = torch.stack([arithmetic_rows(rows).abs().amax() for rows in blocks]).amax().reshape(1, 1)
+        amax = torch.stack([block_amax(arithmetic_rows(rows).flatten()) for rows in blocks]).amax().reshape(1, 1)
         scale = Float8Tensor.from_hp(amax, E4M3, PerTensor(), hp_value_lb=AMAX_FLOOR).scale
         return Survey(outputs={**outputs, "scale": scale})
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
         rows = arithmetic_rows(rows)
-        if self.granularity == "row":
-            encoded = Float8Tensor.from_hp(rows, E4M3, PerRow(), hp_value_lb=AMAX_FLOOR)
-            return {"qdata": encoded.qdata, "scale": encoded.scale}
-        scaled = rows.float() / survey.outputs["scale"]
-        return {"qdata": scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)}
+        if self.granularity == "tensor":
+            return {"qdata": _quotients(rows, survey.outputs["scale"])}
+        scale = (block_amax(rows).unsqueeze(1).clamp_(min=AMAX_FLOOR) / E4M3_MAX).float()  # in bf16 of bf16 rows
+        return {"qdata": _quotients(rows, scale), "scale": scale}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        return stored["qdata"].float() * stored["scale"]
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        scale = stored["scale"][start:stop] if self.granularity == "row" else stored["scale"]
+        return new_float32(stored["qdata"][start:stop]).mul_(scale)
 
     def record(self, weight: TensorSpec) -> NativeRecord | None:
         """None for static activations: torchao's Float8Tensor has no scale for them."""
@@ -114,9 +116,17 @@ class Float8(Backend):
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activations == "none" or x.numel() == 0:
             return super().linear(x, stored, weight, bias)
+        if not self._in_float8(x, weight):
+            return self.multiplied(self._quantized(x, stored), stored, weight, bias, product(x.dtype), torch.float32)
+        return _multiplied(x, stored["qdata"], stored["scale"], bias, self.granularity)
+
+    def _in_float8(self, x: Tensor, weight: TensorSpec) -> bool:
+        """Off the CPU torch._scaled_mm takes sides in multiples of 16, and with scales of rows it makes bf16 only."""
         if self.emulates(x.device):
-            return product(self._quantized(x, stored), self.decode(stored, weight), bias, x.dtype)
-        return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)
+            return False
+        sixteens = weight.shape[0] % 16 == weight.shape[1] % 16 == 0
+        makes_dtype = x.dtype == torch.bfloat16 or self.granularity == "tensor"
+        return x.device.type == "cpu" or (sixteens and makes_dtype)
 
     def _quantized(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """x [..., in] as torchao makes it, or with the scale that is stored; float32, without gradient."""
@@ -147,3 +157,19 @@ class Float8(Backend):
             act_quant_kwargs=activations,
             dtype=COMPUTE_DTYPE,
         )
+
+
+def _quotients(rows: Tensor, scale: Tensor) -> Tensor:
+    """Rounded; a scale that was itself rounded down leaves at most 449, which is rounded to 448."""
+    return rows.to(torch.float32, copy=True).div_(scale).to(E4M3)
+
+
+def _multiplied(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, granularity: Literal["row", "tensor"]
+) -> Tensor:
+    """In FP8; dynamo cannot make torchao's tensor, but the compiler behind it can."""
+    backend, weight = Float8(granularity, "dynamic"), TensorSpec(tuple(qdata.shape), COMPUTE_DTYPE)
+    return functional.linear(x, backend._tensor({"qdata": qdata, "scale": scale}, weight), bias)
+
+
+torch.compiler.allow_in_graph(_multiplied)  # type: ignore[no-untyped-call]

@@ -42,4 +42,4 @@ class Int4(Integers):
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activations == "none":
             return super().linear(x, stored, weight, bias)
-        return product(int8_tokens(x), self.decode(stored, weight), bias, x.dtype)
+        return self.multiplied(int8_tokens(x), stored, weight, bias, product(x.dtype), torch.float32)

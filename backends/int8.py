@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.nn import functional
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8Tensor,
@@ -21,6 +22,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
+from bitroute.backends._elements import block_amax
 from bitroute.backends._torchao import (
     COMPUTE_DTYPE,
     arithmetic_rows,
@@ -30,6 +32,7 @@ from bitroute.backends._torchao import (
 )
 from bitroute.backends.base import NONE, Backend, NativeRecord, Statistics, Survey, TensorSpec
 
+SMALLEST_SCALE = torch.finfo(torch.float32).eps  # torchao's
 LARGEST_SCALE = torch.finfo(COMPUTE_DTYPE).max / 128  # the code -128 must decode to a finite bf16
 
 
@@ -57,12 +60,14 @@ class Int8(Backend):
         }
 
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
-        encoded = Int8Tensor.from_hp(arithmetic_rows(rows), PerRow())
-        scale = encoded.scale.clamp(max=LARGEST_SCALE)
-        return {"qdata": encoded.qdata, "scale": scale, "zero_point": encoded.zero_point}
+        rows = arithmetic_rows(rows)
+        scale = (block_amax(rows).unsqueeze(1) / 127.5).clamp_(min=SMALLEST_SCALE).float()  # in bf16 of bf16 rows
+        codes = rows.to(torch.float32, copy=True).mul_(1.0 / scale).round_().clamp_(-128, 127)
+        zero_point = torch.zeros_like(scale, dtype=torch.int8)
+        return {"qdata": codes.to(torch.int8), "scale": scale.clamp(max=LARGEST_SCALE), "zero_point": zero_point}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        return stored["qdata"].float() * stored["scale"]
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        return stored["qdata"][start:stop].float().mul_(stored["scale"][start:stop])
 
     def record(self, weight: TensorSpec) -> NativeRecord:
         stored = self.on_meta(weight)
@@ -73,7 +78,7 @@ class Int8(Backend):
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activations == "none" or x.numel() == 0:
             return super().linear(x, stored, weight, bias)
-        return torch.nn.functional.linear(x, self._tensor(stored, weight), bias)
+        return _multiplied(x, stored["qdata"], stored["scale"], stored["zero_point"], bias)
 
     def _tensor(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Int8Tensor:
         dynamic = self.activations == "dynamic"
@@ -85,3 +90,13 @@ class Int8(Backend):
             stored["zero_point"],
             act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None,
         )
+
+
+def _multiplied(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None) -> Tensor:
+    """In INT8; dynamo cannot make torchao's tensor, but the compiler behind it can."""
+    stored = {"qdata": qdata, "scale": scale, "zero_point": zero_point}
+    weight = Int8("dynamic")._tensor(stored, TensorSpec(tuple(qdata.shape), COMPUTE_DTYPE))
+    return functional.linear(x, weight, bias)
+
+
+torch.compiler.allow_in_graph(_multiplied)  # type: ignore[no-untyped-call]

@@ -41,8 +41,8 @@ class Keep(Backend):
         """Raises BackendError where a finite value does not fit the wished dtype."""
         return {"weight": cast(rows, self._stored(rows.dtype), next_step=LARGER)}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        return stored["weight"].float()
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        return stored["weight"][start:stop].float()
 
     def _stored(self, dtype: torch.dtype) -> torch.dtype:
         return DTYPES.get(self.dtype, dtype) if dtype.is_floating_point else dtype

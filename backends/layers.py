@@ -1,9 +1,12 @@
-"""What runs in place of a layer whose weight stays in its stored form."""
+"""What runs in place of a layer whose weight stays in its stored form.
+
+PEFT and diffusers choose what they do with a layer by `isinstance(layer, nn.Linear)`, so the linear one is one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from bitroute.backends.base import Backend, TensorSpec
+from bitroute.errors import BackendError, Problem
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d,
@@ -18,13 +22,17 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 
 class UndecodedWeight(Tensor):
-    """Stands for the weight of a layer: its shape, dtype and device cost nothing, anything else decodes it."""
+    """Stands for the weight of a layer: what is known costs nothing, anything else decodes it, a write is refused.
 
-    free: ClassVar = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device")} | {
-        Tensor.size,
-        Tensor.dim,
-    }
+    `.data` is known: diffusers takes it of every layer, for its dtype, when a LoRA is loaded.
+    """
+
+    known: ClassVar = {
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_meta", "is_cuda", "layout")
+    } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point}
     layer: QuantizedLayer
+    _is_hf_initialized = True  # or transformers would fill what it decodes with random numbers
 
     def __new__(cls, layer: QuantizedLayer) -> Self:
         make: Any = Tensor._make_wrapper_subclass
@@ -35,14 +43,43 @@ class UndecodedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        parent: Any = super()
-        decides = parent.__torch_function__ if func in cls.free else cls.__torch_dispatch__
-        return decides(func, types, args, kwargs)
+        if func in cls.known:
+            parent: Any = super()
+            return parent.__torch_function__(func, types, args, kwargs)
+        first = next(iter((*args, *(kwargs or {}).values())), None)
+        if func is DATA:
+            return first
+        if isinstance(first, cls) and _writes(func.__name__):
+            raise _read_only(first.layer)
+        return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         decoded = tree_map_only(cls, lambda weight: weight.layer.decoded(), (args, kwargs or {}))
         return func(*decoded[0], **decoded[1])
+
+
+DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def _writes(function: str) -> bool:
+    """By its name: `add_`, `__iadd__`, an assignment to an entry or to `.data`; asking for a gradient is none."""
+    inplace = function.endswith("_") and not function.endswith("__") and function != "requires_grad_"
+    return inplace or function in ("__set__", "__setitem__") or function in INPLACE_OPERATORS
+
+
+INPLACE_OPERATORS = tuple(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
+
+
+def _read_only(layer: QuantizedLayer) -> BackendError:
+    return BackendError(
+        Problem(
+            "a weight that is stored in a quantized form cannot be changed",
+            got=f"a write to the weight of {layer}, which would be lost",
+            next_step="leave a LoRA unfused; fuse it before the conversion, which rounds once (`fuse_loras:` in the "
+            "recipe); or call dequantize() on the model first",
+        )
+    )
 
 
 def is_convolution(layer: nn.Module) -> bool:
@@ -52,22 +89,43 @@ def is_convolution(layer: nn.Module) -> bool:
 
 
 class QuantizedLayer(nn.Module):
-    """A layer whose weight stays in its stored form; the buffers are exactly the stored tensors."""
+    """A layer whose weight stays in its stored form: tensors under the names of the checkpoint.
+
+    They are parameters, because the libraries do not offload the buffers of a layer, or not again. The bias stands
+    before them, because diffusers takes the dtype of the first floating parameter for the dtype of the model.
+    """
 
     bias: nn.Parameter | None
 
     def __init__(self, backend: Backend, layer: Any, stored: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # what the next class would make is a weight
         self.backend = backend
         self.spec = TensorSpec(tuple(layer.weight.shape), layer.weight.dtype)
         self.suffixes = tuple(stored)
-        for suffix, tensor in stored.items():
-            self.register_buffer(suffix, tensor)
         self.bias = layer.bias
+        for suffix, tensor in stored.items():
+            self.register_parameter(suffix, nn.Parameter(tensor, requires_grad=False))
+
+    def hide(self) -> None:
+        """Makes buffers of the stored tensors: they no longer tell a dtype."""
+        stored = self.stored
+        for suffix, tensor in stored.items():
+            delattr(self, suffix)
+            self.register_buffer(suffix, tensor.detach())
+
+    def put(self, suffix: str, tensor: Tensor) -> None:
+        """Takes a tensor of the checkpoint, as it is."""
+        hidden = suffix in self._buffers
+        setattr(self, suffix, tensor if hidden else nn.Parameter(tensor, requires_grad=False))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise _read_only(self)
+        super().register_parameter(name, param)
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        return {suffix: self.get_buffer(suffix) for suffix in self.suffixes}
+        return {suffix: getattr(self, suffix) for suffix in self.suffixes}
 
     @property
     def weight(self) -> Tensor:
@@ -77,8 +135,8 @@ class QuantizedLayer(nn.Module):
 
     def decoded(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in its own shape, in `dtype` or in that of the layer."""
-        rows = self.backend.decode(self.stored, self.spec.rows)
-        return rows.reshape(self.spec.shape).to(dtype or self.spec.dtype)
+        rows = self.backend.decode(self.stored, self.spec.rows, dtype or self.spec.dtype)
+        return rows.reshape(self.spec.shape)
 
     def plain(self) -> nn.Module:
         """The layer as its class had it, without weights, on the meta device."""
@@ -86,13 +144,16 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves with the model but keeps the stored dtypes: a scale cast to bf16 is another weight."""
-        dtypes = {suffix: tensor.dtype for suffix, tensor in self.stored.items()}
-        before = self.stored
+        stored = {id(tensor) for tensor in self.stored.values()}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in stored:
+                return cast(Tensor, fn(tensor))
+            asked = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            return cast(Tensor, fn(tensor)) if asked.dtype == tensor.dtype else tensor.to(asked.device)
+
         parent: Any = super()
-        parent._apply(fn, recurse)
-        for suffix, dtype in dtypes.items():
-            if self.get_buffer(suffix).dtype != dtype:
-                setattr(self, suffix, before[suffix].to(self.get_buffer(suffix).device))
+        parent._apply(move, recurse)
         self.spec = TensorSpec(self.spec.shape, fn(torch.empty(0, dtype=self.spec.dtype)).dtype)
         return self
 
@@ -100,7 +161,7 @@ class QuantizedLayer(nn.Module):
         return f"{'×'.join(map(str, self.spec.shape))}, backend={self.backend.name}"
 
 
-class QuantizedLinear(QuantizedLayer):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc, override]  # its weight is made, not kept
     def __init__(self, backend: Backend, layer: nn.Linear, stored: Mapping[str, Tensor]) -> None:
         super().__init__(backend, layer, stored)
         self.in_features, self.out_features = layer.in_features, layer.out_features

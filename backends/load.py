@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,11 +118,11 @@ class StoredLayer:
     module: nn.Module
     backend: Backend
 
-    @property
+    @cached_property
     def outputs(self) -> dict[str, TensorSpec]:
         return self.backend.outputs(_spec(self.module))
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorSpec]:
         return {f"{self.name}.{suffix}": spec for suffix, spec in self.outputs.items()}
 
@@ -171,6 +172,7 @@ def attach(
             layer.module.to(torch.float32)
         stored = layer.backend.on_meta(_spec(layer.module))
         model.set_submodule(layer.name, layer.backend.attach(layer.module, stored))
+    _tell_dtype(model)
     return frozenset(expected)
 
 
@@ -184,6 +186,20 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             if layer.bias is not None:
                 plain.bias = nn.Parameter(layer.bias.to(target))
             model.set_submodule(name, plain)
+
+
+def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
+    return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+
+
+def _tell_dtype(model: nn.Module) -> None:
+    """The libraries take the dtype of the first floating parameter for that of the model: a scale must not be it."""
+    for module in model.modules():
+        own = next((tensor for tensor in module.parameters(recurse=False) if tensor.is_floating_point()), None)
+        if isinstance(module, QuantizedLayer) and own is not module.bias:
+            module.hide()
+        elif own is not None:
+            return
 
 
 def _find_layers(model: nn.Module, backends: Mapping[str, Backend]) -> list[StoredLayer]:

@@ -78,10 +78,11 @@ class NVFP4(Rounded):
         return specs | {INPUT_SCALE: TensorSpec((), torch.float32)} if self.activations == "static" else specs
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
-        amaxes = [block_amax(in_blocks(rows, BLOCK)) for rows in blocks]
+        searched = self.scale == "mse"
+        amaxes = [block_amax(in_blocks(rows, BLOCK) if searched else rows.flatten()) for rows in blocks]
         amax = torch.stack([block.amax() for block in amaxes]).amax()
         scale = _tensor_scale(amax, 256.0 if self.scale == "four-over-six" else E4M3.max)
-        if self.scale == "mse" and not any(_starved(block, 2 * scale) for block in amaxes):
+        if searched and not any(_starved(block, 2 * scale) for block in amaxes):
             scale = 2 * scale
         outputs = {"per_tensor_scale": scale}
         if self.activations == "static":
@@ -109,13 +110,10 @@ class NVFP4(Rounded):
         qdata = E2M1.store(in_blocks(rows, BLOCK) * reciprocals.unsqueeze(-1))
         return {"qdata": qdata.flatten(1), "scale": scales[0].to(E4M3.dtype)}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        parts = []
-        for start, stop in self.block_bounds(weight):
-            scales = stored["per_tensor_scale"] * E4M3.load(stored["scale"][start:stop])
-            elements = in_blocks(E2M1.load(stored["qdata"][start:stop]), BLOCK)
-            parts.append(elements.mul_(scales.unsqueeze(-1)).flatten(1))
-        return torch.cat(parts)
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        scales = E4M3.load(stored["scale"][start:stop]).mul_(stored["per_tensor_scale"])
+        elements = in_blocks(E2M1.load(stored["qdata"][start:stop]), BLOCK)
+        return elements.mul_(scales.unsqueeze(-1)).flatten(1)
 
     def record(self, weight: TensorSpec) -> NativeRecord | None:
         """None for quantized activations where torch's FP4 product refuses the shape.
@@ -158,7 +156,8 @@ class NVFP4(Rounded):
     def linear(self, x: Tensor, stored: Mapping[str, Tensor], weight: TensorSpec, bias: Tensor | None) -> Tensor:
         if self.activations == "none":
             return super().linear(x, stored, weight, bias)
-        return product(quantized(x, stored.get(INPUT_SCALE)), self.decode(stored, weight), bias, x.dtype)
+        inputs = quantized(x, stored.get(INPUT_SCALE))
+        return self.multiplied(inputs, stored, weight, bias, product(x.dtype), torch.float32)
 
     def _candidates(self, ideal: Tensor, plain: Tensor, steps: tuple[int, ...]) -> Iterator[Tensor]:
         """The E4M3 block scales to try beside the plain ones, as float32."""

@@ -60,10 +60,13 @@ class QuantoInt4(Quanto):
     def encode(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> dict[str, Tensor]:
         return {}
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
-        scale = stored["scale"].float()
-        codes = torch.cat([stored["data"] & 15, stored["data"] >> 4])[: len(scale)]
-        return (codes * scale - stored["shift"].float()).reshape(weight.shape)
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
+        columns, data = weight.shape[1], stored["data"]
+        groups = slice(start * columns // data.shape[1], stop * columns // data.shape[1])
+        high = slice(max(0, groups.start - len(data)), max(0, groups.stop - len(data)))
+        codes = torch.cat([data[groups] & 15, data[high] >> 4]).float()
+        scale, shift = stored["scale"][groups].float(), stored["shift"][groups].float()
+        return codes.mul_(scale).sub_(shift).reshape(stop - start, columns)
 
 
 def group_size(columns: int) -> int:

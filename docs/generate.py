@@ -1,4 +1,4 @@
-"""Writes the pages that the program can write itself (cli, recipes, models); `--check` fails where they are stale."""
+"""Writes the pages that the program can write itself; `--check` fails where they are stale."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from loading import loading_page
 from models import models_page
 from pydantic import BaseModel
 
@@ -37,6 +38,7 @@ components:
 def main() -> None:
     quiet()
     pages = {"cli.md": cli_page(), "recipes.md": recipes_page(), "models.md": models_page(NOTE)}
+    pages["loading.md"] = loading_page(NOTE)
     stale = [name for name, text in pages.items() if not _same(FOLDER / name, text)]
     if "--check" in sys.argv:
         sys.exit(f"stale: {', '.join(stale)}; run `make docs`" if stale else 0)

@@ -97,7 +97,7 @@ def _write(folder: Path, component: str, layer: str) -> None:
 )
 def test_a_checkpoint_loads_in_whichever_order_the_libraries_are_imported(checkpoint: Path, imports: str) -> None:
     modules, layer = run(imports + LOAD.format(folder=str(checkpoint))).splitlines()
-    quantizers = ("_diffusers", "_transformers", "base", "layers", "load")
+    quantizers = ("_adapters", "_diffusers", "_transformers", "base", "layers", "load")
     assert modules.split() == [f"bitroute.backends.{name}" for name in quantizers]  # and no backend
     assert layer == "QuantizedLinear"
 

@@ -20,9 +20,9 @@ decodes: list[TensorSpec] = []
 class Counting(Int8):
     """INT8 that notes every time it decodes."""
 
-    def decode(self, stored: Mapping[str, Tensor], weight: TensorSpec) -> Tensor:
+    def decode_rows(self, stored: Mapping[str, Tensor], weight: TensorSpec, start: int, stop: int) -> Tensor:
         decodes.append(weight)
-        return super().decode(stored, weight)
+        return super().decode_rows(stored, weight, start, stop)
 
 
 class Careful(nn.Module):
