@@ -1,0 +1,100 @@
+"""Whether torch.compile pays for encoders: python benchmarks/compiled.py
+
+Each encoder as it stands, compiled ahead of time by inductor for any number of rows and columns, beside the same code
+run eagerly: one thread, one block of rows of bf16 that stays in the cache. Prints a Markdown table; needs a compiler.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+from bitroute.backends import create
+from bitroute.backends.base import BLOCK_ELEMENTS, Backend, Survey, TensorSpec
+
+ENCODERS: Sequence[tuple[str, dict[str, str]]] = (
+    ("float8", {}), ("int8", {}), ("nvfp4", {}), ("mxfp4", {}),
+    ("nvfp4", {"scale": "mse"}), ("mxfp4", {"scale": "mse"}),
+)  # fmt: skip
+COLUMNS = 3072
+KINDS = ("outputs", "facts", "rowwise")  # of a survey
+
+
+class Encoder(nn.Module):
+    def __init__(self, backend: Backend, survey: Survey) -> None:
+        super().__init__()
+        self.backend = backend
+        self.keys = [(kind, name) for kind in KINDS for name in getattr(survey, kind)]
+
+    def tensors(self, survey: Survey) -> list[Tensor]:
+        return [getattr(survey, kind)[name] for kind, name in self.keys]
+
+    def forward(self, rows: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        for (kind, name), tensor in zip(self.keys, tensors, strict=True):
+            parts[kind][name] = tensor
+        return [_bytes(part) for part in self.backend.encode(rows, Survey(**parts)).values()]
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    print(
+        "| encoder | eager, ns a weight | compiled | seconds to compile | same bits |\n|---|---|---|---|---|",
+        flush=True,
+    )
+    for name, options in ENCODERS:
+        backend = create(name, **options)
+        eager, compiled, seconds, same = compared(backend)
+        print(f"| {backend} | {eager:.2f} | {compiled:.2f} | {seconds:.0f} | {'yes' if same else 'no'} |", flush=True)
+
+
+def compared(backend: Backend) -> tuple[float, float, float, bool]:
+    """ns a weight, eager and compiled; seconds to compile; whether both give the same bits."""
+    rows = torch.randn(BLOCK_ELEMENTS // COLUMNS, COLUMNS).mul_(0.02).bfloat16()
+    survey = backend.survey([rows], TensorSpec(tuple(rows.shape), rows.dtype))
+    encoder = Encoder(backend, survey)
+    inputs = (rows, encoder.tensors(survey))
+    with TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        fast = _compiled(encoder, inputs, Path(folder) / "encoder.pt2")
+        seconds = time.perf_counter() - start
+        pairs = zip(encoder(*inputs), fast(*inputs), strict=True)
+        same = all(torch.equal(_bytes(one), _bytes(other)) for one, other in pairs)
+        times = [_least_seconds(lambda run=run: run(*inputs)) for run in (encoder, fast)]
+    return 1e9 * times[0] / rows.numel(), 1e9 * times[1] / rows.numel(), seconds, same
+
+
+def _compiled(encoder: Encoder, inputs: tuple[Tensor, list[Tensor]], file: Path) -> Callable[..., Any]:
+    any_size = torch.export.Dim.DYNAMIC
+    of_survey = [{0: any_size} if kind == "rowwise" else None for kind, _ in encoder.keys]
+    exported = torch.export.export(encoder, inputs, dynamic_shapes=({0: any_size, 1: any_size}, of_survey))
+    return aoti_load_package(aoti_compile_and_package(exported, package_path=str(file)))
+
+
+def _least_seconds(work: Callable[[], Any]) -> float:
+    work()
+    found = []
+    for _ in range(30):
+        start = time.thread_time()
+        work()
+        found.append(time.thread_time() - start)
+    return min(found)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Inductor has no dtype for powers of two."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Time and memory of converting and loading: bitroute, the other libraries and the copying of the bytes.
+
+python benchmarks/speed.py [WORK]      writes docs/benchmarks.md; some 25 minutes on two cores
+Every finished measurement is a line of WORK/results.jsonl (build/speed); what is there is not measured again, so that
+an interrupted run goes on, and --formats, --sizes and --peers make it in pieces. --full adds FLUX.1-dev's own size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from formats import BF16, BITROUTE, COPYING, FORMATS, SDNQ, UNHASHED
+from full_size import measure_full_size
+from processes import SDNQ_VERSION, checkpoint, environment, measured, sdnq_python
+from results import PEER_SIZE, SIZES, Results, Run, describe_machine
+from speed_page import FORWARD, write_page
+
+PEERS = sorted({peer for one in FORMATS.values() for peer in one.peers})
+ROUNDS = 3
+SLOW_SECONDS = 60  # such a conversion is made once
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, nargs="?", default=Path("build/speed"))
+    parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--sizes", nargs="*", choices=list(SIZES), default=list(SIZES), help="billions of parameters")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--peer-size", choices=list(SIZES), default=PEER_SIZE, help="what all are compared at")
+    parser.add_argument("--grow-peers", action="store_true", help="measure them at the other sizes too, once")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--forward", action="store_true", help="run forward.py too")
+    parser.add_argument("--full", action="store_true", help="convert 11.9 billion parameters too: 40 GB of disk")
+    parser.add_argument("--page-only", action="store_true")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    said = parser.parse_args()
+    work = said.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    results = Results(work)
+    if not said.page_only:
+        describe_machine(work, sys.argv, {SDNQ: SDNQ_VERSION})
+        measure_all(work, results, list(runs(said)))
+        if said.forward:
+            measure_forward(work, said.peer_size)
+        if said.full:
+            measure_full_size(work)
+    write_page(results, said.page, said.peer_size)
+
+
+def runs(said: argparse.Namespace) -> Iterator[Run]:
+    """Round after round, in each all candidates of a format in turn: what else the machine does meets them alike."""
+    for number in range(said.rounds):
+        for size in said.sizes:
+            compared = size == said.peer_size
+            if compared:
+                yield Run(size, BF16, BF16, False, number)
+            for name in said.formats:
+                sides = (True, False) if compared else (True,)
+                own = [(one, fsync) for fsync in sides for one in (COPYING, BITROUTE)]
+                own += [(UNHASHED, False)] if compared else []
+                peers = [peer for peer in FORMATS[name].peers if peer in said.peers]
+                if not compared and (number or not said.grow_peers):
+                    peers = []
+                for candidate, fsync in [*own, *((peer, False) for peer in peers)]:
+                    yield Run(size, name, candidate, fsync, number)
+
+
+def measure_all(work: Path, results: Results, planned: Sequence[Run]) -> None:
+    for run in planned:
+        if results.has(run) or (run.round and results.slowest(run) > SLOW_SECONDS):
+            continue
+        print(*(f"{key} {value}" for key, value in vars(run).items()), flush=True)
+        found = measure(work, run)
+        results.add(run, found)
+        print(json.dumps(found), flush=True)
+
+
+def measure(work: Path, run: Run) -> dict[str, Any]:
+    source, out = checkpoint(work / f"flux-{run.size}", SIZES[run.size]), work / "out"
+    python = sdnq_python(work) if run.candidate == SDNQ else sys.executable
+    settle(source)
+    if run.candidate == BF16:
+        return {"load": measured(python, "load", BF16, source)}
+    remove(out)
+    flags = [] if run.fsync else ["--no-fsync"]
+    found = measured(python, "convert", run.format, run.candidate, source, out, *flags)
+    if "error" not in found and not run.fsync and run.candidate not in (COPYING, UNHASHED):
+        settle(out)
+        found["load"] = measured(python, "load", run.candidate, out)
+    remove(out)
+    return found
+
+
+def measure_forward(work: Path, size: str) -> None:
+    """Writes WORK/forward.md, a table; nothing is done where that file is."""
+    if not (work / FORWARD).exists():
+        source = checkpoint(work / f"flux-{size}", SIZES[size])
+        command = [sys.executable, str(Path(__file__).with_name("forward.py")), str(source)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment())
+        (work / FORWARD).write_text(done.stdout, "utf-8")
+
+
+def settle(folder: Path) -> None:
+    """All that was written is on the disk, and the weights are in the page cache as reading them brings them there.
+
+    What its writer left there is in pieces of its own sizes: loading of those took longer.
+    """
+    os.sync()
+    buffer = bytearray(2**20)
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while stream.readinto(buffer):
+                pass
+
+
+def remove(out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    out.with_suffix(".yaml").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
