@@ -21,7 +21,7 @@ from formats import BF16, BITROUTE, COPYING, FORMATS, SDNQ, UNHASHED
 from full_size import measure_full_size
 from processes import SDNQ_VERSION, checkpoint, environment, measured, sdnq_python
 from results import PEER_SIZE, SIZES, Results, Run, describe_machine
-from speed_page import FORWARD, write_page
+from speed_page import COMPILED, FORWARD, write_page
 
 PEERS = sorted({peer for one in FORMATS.values() for peer in one.peers})
 ROUNDS = 3
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--grow-peers", action="store_true", help="measure them at the other sizes too, once")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--forward", action="store_true", help="run forward.py too")
+    parser.add_argument("--compiled", action="store_true", help="run compiled.py too: 5 minutes")
     parser.add_argument("--full", action="store_true", help="convert 11.9 billion parameters too: 40 GB of disk")
     parser.add_argument("--page-only", action="store_true")
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -50,7 +51,10 @@ def main() -> None:
         describe_machine(work, sys.argv, {SDNQ: SDNQ_VERSION})
         measure_all(work, results, list(runs(said)))
         if said.forward:
-            measure_forward(work, said.peer_size)
+            source = checkpoint(work / f"flux-{said.peer_size}", SIZES[said.peer_size])
+            tabulate(work / FORWARD, "forward.py", str(source))
+        if said.compiled:
+            tabulate(work / COMPILED, "compiled.py")
         if said.full:
             measure_full_size(work)
     write_page(results, said.page, said.peer_size)
@@ -100,13 +104,12 @@ def measure(work: Path, run: Run) -> dict[str, Any]:
     return found
 
 
-def measure_forward(work: Path, size: str) -> None:
-    """Writes WORK/forward.md, a table; nothing is done where that file is."""
-    if not (work / FORWARD).exists():
-        source = checkpoint(work / f"flux-{size}", SIZES[size])
-        command = [sys.executable, str(Path(__file__).with_name("forward.py")), str(source)]
+def tabulate(file: Path, script: str, *words: str) -> None:
+    """Writes the table that another script prints; nothing is done where the file is."""
+    if not file.exists():
+        command = [sys.executable, str(Path(__file__).with_name(script)), *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment())
-        (work / FORWARD).write_text(done.stdout, "utf-8")
+        file.write_text(done.stdout, "utf-8")
 
 
 def settle(folder: Path) -> None:

@@ -26,13 +26,14 @@ The model is FluxTransformer2DModel with the widths of FLUX.1-dev and fewer bloc
 bf16, in shards of 500 MB, in the page cache before each run. Every linear layer is quantized, on all sides: here with
 `keep: none`, in {sdnq} with `add_skip_keys=False`. {bitsandbytes} runs on its own CPU kernels, with diffusers' demand
 for a GPU lifted. A library's run is `from_pretrained` with its quantization and `save_pretrained`; bitroute's is its
-plan and its job; copying reads all and writes as many bytes as the format has. bitroute also takes the SHA-256 of what
-it writes, which the others do not: its row without hashes does the same work as theirs. Without fsync nobody waits for
-the disk, nor has it begin. Each run is a process of its own, with
-as many threads as the library takes; the clocks leave out the imports. All candidates of a format run in turn, round
-after round: times are medians, memory is the largest of all rounds, sampled every 5 ms; what took over a minute ran
-once. Anonymous memory is what comes on top of `import torch`; resident memory is all of the process, and counts the
-mapped files too, which the system can take back.
+plan and its job; copying reads all and writes as many bytes as the format has.
+
+bitroute also takes the SHA-256 of what it writes, which the others do not: its row without hashes does the same work
+as theirs. Without fsync nobody waits for the disk, nor has it begin. Each run is a process of its own, with as many
+threads as the library takes; the clocks leave out the imports. All candidates of a format run in turn, round after
+round: times are medians, memory is the largest of all rounds, sampled every 5 ms; what took over a minute ran once.
+Anonymous memory is what comes on top of `import torch`; resident memory is all of the process, and counts the mapped
+files too, which the system can take back.
 
 ## In short
 
@@ -56,13 +57,25 @@ Times of {size} billion parameters as ratios. With fsync: bitroute beside the co
 Copying and bitroute with fsync, the others without.
 
 {growth}
-{forward}{full}"""
-FORWARD = "forward.md"
+{forward}{compiled}{full}"""
+FORWARD, COMPILED = "forward.md", "compiled.md"
 RUNNING = """
 ## Running
 
-A forward from bitroute's own container beside bf16, at {size} billion parameters, as ratios of the least times, and of
-the CPU seconds; memory is the anonymous peak of one forward.
+A forward from bitroute's own container beside bf16 on the CPU, at {size} billion parameters, by `python
+benchmarks/forward.py CHECKPOINT`: ratios of the least times, and of the CPU seconds. 1024+512 tokens are a picture of
+512 × 512 and its prompt; with few tokens decoding the weights is most of the work. Memory is the anonymous peak of one
+forward of the larger size.
+
+{table}
+"""
+COMPILING = """
+## torch.compile
+
+The encoders are plain eager code on blocks that stay in the cache, and compiling them does not pay:
+`python benchmarks/compiled.py` compiles each as it stands, for any number of rows and columns. Inductor makes no
+vectors of blocks of 16 or 32 nor of small integers, and keeps bf16 numbers in float32 between operations, which changes
+the scales of rows.
 
 {table}
 """
@@ -82,12 +95,13 @@ bytes were copied (read all, write half, fsync), after it the result was loaded.
 def write_page(results: Results, page: Path, size: str) -> None:
     """size: the one at which all were compared."""
     machine = json.loads((results.work / MACHINE).read_text("utf-8"))
-    forward, full = results.work / FORWARD, results.work / FULL_SIZE
+    forward, compiled, full = (results.work / name for name in (FORWARD, COMPILED, FULL_SIZE))
     text = TEXT.format(
         machine=_machine(machine), commands="\n    ".join(machine["commands"]), size=size,
         sdnq=SDNQ, bitsandbytes=BITSANDBYTES, short=short(results, size), converting=converting(results, size),
         loading=loading(results, size), growth=growth(results),
         forward=RUNNING.format(size=size, table=forward.read_text("utf-8").strip()) if forward.exists() else "",
+        compiled=COMPILING.format(table=compiled.read_text("utf-8").strip()) if compiled.exists() else "",
         full=full_size(json.loads(full.read_text("utf-8"))) if full.exists() else "",
     )  # fmt: skip
     page.write_text(text, "utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitroute.backends import create
+from bitroute.backends._table import table
 from bitroute.backends.base import Backend, TensorSpec
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -227,3 +228,14 @@ def test_double_quantization_of_the_largest_numbers_beside_zeros_stays_finite(na
     decoded = backend.decode(backend.quantize(weight), spec_of(weight))
     assert decoded.isfinite().all()
     assert (decoded / largest - weight / largest).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_nearest_number_is_exact_for_every_first_half_of_a_float(quant_type: Literal["nf4", "fp4"]) -> None:
+    found = table(quant_type, torch.device("cpu"))
+    heads = torch.arange(1 << 16, dtype=torch.int32) << 16
+    bounds = found.bounds.view(torch.int32)
+    tails = (heads, heads + 1, heads | 0x7FFF, heads | 0x8000, heads | 0xFFFF, bounds - 1, bounds, bounds + 1)
+    values = torch.cat(tails).view(torch.float32)
+    values = values[~values.isnan()]
+    assert torch.equal(found.nearest(values).long(), torch.bucketize(values, found.bounds))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -103,3 +105,24 @@ def test_a_finished_file_outlives_a_failed_second_attempt(tmp_path: Path) -> Non
     with pytest.raises(JobError), ShardWriter(tmp_path / "x.safetensors", SPECS, {}):
         pass
     assert (tmp_path / "x.safetensors").read_bytes() == b"the first"
+
+
+def test_the_hash_that_keeps_up_with_the_writing_is_that_of_the_file(tmp_path: Path) -> None:
+    specs = {f"t{number}": TensorSpec((64 * (number % 3), 16), torch.float32) for number in range(40)}
+    parts = [name for name, spec in specs.items() for _ in range(spec.shape[0] // 8)]
+    random.Random(0).shuffle(parts)
+    writer, ended = ShardWriter(tmp_path / "x.safetensors", specs, {"format": "pt"}), Event()
+
+    def keep_up() -> None:
+        while not ended.wait(0.001):
+            writer.keep_up()
+
+    beside = Thread(target=keep_up)
+    beside.start()
+    complete = [writer.append(name, torch.rand(8, 16)) for name in parts]
+    ended.set()
+    beside.join()
+    said = writer.sha256()
+    writer.close()
+    assert complete == [False] * (len(parts) - 1) + [True]
+    assert said == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
