@@ -56,8 +56,8 @@ class Entry:
 
     @property
     def compared_bytes(self) -> int:
-        """What it takes to hold the stored layer, decoded to float32, against its source."""
-        return (12 * self.weight.numel if self.quantized else 0) + self._deriving_bytes
+        """What it takes to hold the stored layer, block by block, against its source."""
+        return (self.size_bytes if self.quantized else 0) + self._deriving_bytes
 
     @property
     def _deriving_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -82,9 +82,9 @@ def _check(
     if not entry.quantized:
         same = original is None or _is_copy(component, entry, original)
         return None, None if same else _bad_layer(component, entry, "other values than the source", "an exact copy")
-    decoded, importance = _decode(component, entry)
-    quality = _compare(component.name, entry, decoded, importance, original) if original else None
-    if not (math.isfinite(quality.noise) if quality else decoded.isfinite().all()):
+    stored = {suffix: read_tensor(component.tensors[name]) for suffix, (name, _) in entry.tensors.items()}
+    quality = _compare(component.name, entry, stored, original) if original else None
+    if not (math.isfinite(quality.noise) if quality else _is_finite(entry, stored)):
         return None, _bad_layer(component, entry, "NaN or infinite values", "finite weights")
     lowest = entry.lowest_sqnr_db
     if quality and quality.sqnr_db < lowest:
@@ -99,22 +99,22 @@ def _originals(source: Pipeline, name: str) -> dict[str, StoredTensor]:
     return build(source.components[name]).sources
 
 
-def _decode(component: Component, entry: RecordedEntry) -> tuple[Tensor, Tensor | None]:
-    """[out, in], float32, and the importance of the input channels [in]."""
-    stored = {suffix: read_tensor(component.tensors[name]) for suffix, (name, _) in entry.tensors.items()}
-    return entry.backend.decode(stored, entry.weight), entry.backend.importance(stored)
+def _is_finite(entry: RecordedEntry, stored: Mapping[str, Tensor]) -> bool:
+    bounds = entry.backend.block_bounds(entry.weight)
+    return all(bool(entry.backend.decode(stored, entry.weight, rows=rows).isfinite().all()) for rows in bounds)
 
 
 def _compare(
-    component: str, entry: RecordedEntry, decoded: Tensor, importance: Tensor | None, original: StoredTensor
+    component: str, entry: RecordedEntry, stored: Mapping[str, Tensor], original: StoredTensor
 ) -> LayerQuality:
-    """The source is read in blocks of rows; no temporary is larger than one, and sums are in float64."""
+    """Both are taken in blocks of rows; no temporary is larger than one, and sums are in float64."""
+    importance = entry.backend.importance(stored)
     signal = noise = largest = 0.0
     bounds = list(entry.backend.block_bounds(entry.weight))
     for (start, stop), block in zip(bounds, read_blocks(original, iter(bounds)), strict=True):
         check_stop()
         rows = block.float()
-        error = decoded[start:stop] - rows
+        error = entry.backend.decode(stored, entry.weight, rows=(start, stop)).sub_(rows)
         if importance is not None:
             error, rows = error * importance, rows * importance
         low, high = error.aminmax()

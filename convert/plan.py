@@ -134,7 +134,7 @@ class Plan:
 
     @property
     def verify_peak_bytes(self) -> int:
-        """Each worker decoding the largest layer in float32 beside its source, or loading the largest component."""
+        """Each worker with the largest layer as it is stored, or loading the largest component."""
         decode = cores() * max((e.compared_bytes for c in self.components for e in c.entries), default=0)
         load = LOADING_BYTES + max((c.size_bytes for c in self.components), default=0)
         return max(WORKSPACE_BYTES + decode, load)
