@@ -39,7 +39,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 SMALLEST_NUMBER = 2.0**-149  # of float32
 NESTED_BLOCK = 256  # absmax values that share a second-level absmax; bitsandbytes knows no other
 QUANT_STATE_BYTES = 256  # the JSON is padded: its length depends on the digits of the mean, a plan has no data
-_means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # quant_state → (its version, mean absmax)
+_means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # quant_state → (its version and place, mean absmax)
 
 
 @dataclass(frozen=True)
@@ -263,10 +263,16 @@ def _(quant_state: Tensor) -> Tensor:
 
 
 def _mean_absmax(quant_state: Tensor) -> Tensor:
-    """The number that hides in the JSON, read once per tensor: every reading would wait for the GPU."""
-    version = 0 if quant_state.is_inference() else quant_state._version
+    """The number that hides in the JSON; of a tensor on a GPU, for which every reading would wait, it is kept."""
+    if quant_state.device.type == "cpu" or quant_state.is_inference():  # no version tells of all changes
+        return _read_mean(quant_state)
+    version = quant_state._version, quant_state.data_ptr()
     if quant_state not in _means or _means[quant_state][0] != version:
-        mean = unpack_tensor_to_dict(quant_state)["nested_offset"]
-        _means[quant_state] = version, torch.tensor(mean, dtype=torch.float32, device=quant_state.device)
+        _means[quant_state] = version, _read_mean(quant_state)
     found: Tensor = _means[quant_state][1]
     return found
+
+
+def _read_mean(quant_state: Tensor) -> Tensor:
+    mean = unpack_tensor_to_dict(quant_state)["nested_offset"]
+    return torch.tensor(mean, dtype=torch.float32, device=quant_state.device)

@@ -6,6 +6,7 @@ torchao/prototype/mx_formats (nearest, ties to even, saturating). Packing assume
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -122,6 +123,11 @@ def block_amax(blocks: Tensor) -> Tensor:
     """
     integers = torch.int32 if blocks.itemsize == 4 else torch.int16
     return (blocks.view(integers) & torch.iinfo(integers).max).amax(-1).view(blocks.dtype)
+
+
+def largest(blocks: Iterable[Tensor]) -> Tensor:
+    """The largest magnitude of all blocks of rows, in their dtype; nothing of a block stays behind."""
+    return functools.reduce(torch.maximum, (block_amax(rows.flatten()) for rows in blocks))
 
 
 def squared_error(blocks: Tensor, element: Element, weights: Tensor | None) -> Callable[[Tensor], Tensor]:

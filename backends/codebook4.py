@@ -56,18 +56,17 @@ class Codebook4(Rounded):
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
         places = _sampled(weight.numel // self.block, SAMPLE // self.block)
-        amaxes, sampled, passed = [], [], 0
+        sample, amax, passed = torch.empty(len(places), self.block), torch.zeros(()), 0
         for rows in blocks:
             found = in_blocks(rows, self.block).flatten(0, 1)
-            amaxes.append(block_amax(found).amax())
-            here = places[(places >= passed) & (places < passed + len(found))] - passed
-            sampled.append(found[here.to(found.device)].cpu())
+            amax = torch.maximum(amax.to(found.device), block_amax(found).amax())
+            here = (places >= passed) & (places < passed + len(found))
+            sample[here] = found[(places[here] - passed).to(found.device)].cpu()
             passed += len(found)
-        amax = torch.stack(amaxes).amax()
         unit = (amax * (HEADROOM / E4M3.max)).clamp(SMALLEST_TENSOR_SCALE, LARGEST_TENSOR_SCALE)
         moments = block_weights(statistics.second_moment, self.block, torch.device("cpu"))
         weights = None if moments is None else moments[places % len(moments)].unsqueeze(1)
-        book = learn(torch.cat(sampled).unsqueeze(1), unit.cpu(), weights)
+        book = learn(sample.unsqueeze(1), unit.cpu(), weights)
         return Survey(outputs={"book": book.to(amax.device), "per_tensor_scale": unit})
 
     def scales(self, rows: Tensor, survey: Survey, statistics: Statistics = NONE) -> Scales:

@@ -25,7 +25,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-from bitroute.backends._elements import block_amax, new_float32
+from bitroute.backends._elements import block_amax, largest, new_float32
 from bitroute.backends._emulation import largest_input, product
 from bitroute.backends._torchao import (
     COMPUTE_DTYPE,
@@ -77,7 +77,7 @@ class Float8(Backend):
             outputs[INPUT_SCALE] = largest_input(statistics, self.name).clamp(min=AMAX_FLOOR) / E4M3_MAX
         if self.granularity == "row":
             return Survey(outputs=outputs)
-        amax = torch.stack([block_amax(arithmetic_rows(rows).flatten()) for rows in blocks]).amax().reshape(1, 1)
+        amax = largest(arithmetic_rows(rows) for rows in blocks).reshape(1, 1)
         scale = Float8Tensor.from_hp(amax, E4M3, PerTensor(), hp_value_lb=AMAX_FLOOR).scale
         return Survey(outputs={**outputs, "scale": scale})
 

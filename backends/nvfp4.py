@@ -14,6 +14,7 @@ is at least 2^-120, so that a tensor of zeros decodes to zeros where torchao giv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
@@ -28,6 +29,7 @@ from bitroute.backends._elements import (
     block_weights,
     by_row_blocks,
     in_blocks,
+    largest,
     least_error,
     squared_error,
 )
@@ -78,11 +80,12 @@ class NVFP4(Rounded):
         return specs | {INPUT_SCALE: TensorSpec((), torch.float32)} if self.activations == "static" else specs
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
-        searched = self.scale == "mse"
-        amaxes = [block_amax(in_blocks(rows, BLOCK) if searched else rows.flatten()) for rows in blocks]
-        amax = torch.stack([block.amax() for block in amaxes]).amax()
+        if self.scale == "mse":
+            amax, least = _extremes(block_amax(in_blocks(rows, BLOCK)) for rows in blocks)
+        else:
+            amax = largest(blocks)
         scale = _tensor_scale(amax, 256.0 if self.scale == "four-over-six" else E4M3.max)
-        if searched and not any(_starved(block, 2 * scale) for block in amaxes):
+        if self.scale == "mse" and not _to_six(least, 2 * scale) < SMALLEST_BLOCK_SCALE:  # no block would be starved
             scale = 2 * scale
         outputs = {"per_tensor_scale": scale}
         if self.activations == "static":
@@ -174,7 +177,7 @@ def quantized(x: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
     if x.numel() == 0:
         return x.float()
     if tensor_scale is None:
-        tensor_scale = _tensor_scale(x.abs().amax(), E4M3.max)
+        tensor_scale = _tensor_scale(x.detach().abs().amax(), E4M3.max)
 
     def through(rows: Tensor) -> Tensor:
         blocks = in_blocks(rows, BLOCK)
@@ -196,9 +199,10 @@ def _least_error(
     return least_error(plain, others, error)
 
 
-def _starved(amaxes: Tensor, tensor_scale: Tensor) -> bool:
-    """Whether a block that is not zero would have a smaller scale than there is."""
-    return bool(((amaxes > 0) & (_to_six(amaxes, tensor_scale) < SMALLEST_BLOCK_SCALE)).any())
+def _extremes(amaxes: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The largest amax of all blocks, and the least of those that are not zero, or infinity."""
+    pairs = ((found.amax(), found.masked_fill(found == 0, torch.inf).amin()) for found in amaxes)
+    return functools.reduce(lambda one, two: (torch.maximum(one[0], two[0]), torch.minimum(one[1], two[1])), pairs)
 
 
 def _tensor_scale(amax: Tensor, largest_block_scale: float) -> Tensor:

@@ -91,6 +91,9 @@ def _write(plan: Plan, out: Path, journal: Journal, device: torch.device, report
         write_json(out / component.component.place / CONFIG, config)
     if not plan.pipeline.bare:
         copy(plan.pipeline.folder / INDEX, out / INDEX)
+    changed = journal.changes(journal_of(plan, str(device)))
+    if changed:
+        raise JobError(changed)
     others = [name for name in journal.files if name != DONE and out / name not in hashes]
     found = {out / name: digest for name, digest in _hashes(out, others).items()} | hashes
     journal.finish(out, {name: found[out / name] for name in journal.files if name != DONE})

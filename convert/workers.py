@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+from _thread import start_new_thread
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from threading import Event, local
+from queue import SimpleQueue
+from threading import Semaphore, local
 
 import torch
 
 TURN_SECONDS = 50e-6
+AHEAD = 16
 _worker = local()
 
 
@@ -47,16 +50,38 @@ def run_all(tasks: Iterable[Callable[[], None]]) -> None:
     """Runs the tasks, as many at a time as there are cores, and what they leave `aside`.
 
     The first error ends the rest and is raised; it, or an interrupt, stops running tasks at their next `check_stop`.
+    A signal may come while Python holds a lock, which then stays held: the caller's thread takes none but a queue's.
     """
-    crew = _Crew()
-    futures: list[Future[None]] = []
-    with torch_threads(1), _short_turns(), ThreadPoolExecutor(cores(), initializer=_start, initargs=(crew,)) as pool:
+    crew, ended = _Crew(), SimpleQueue[BaseException | None]()
+
+    def work() -> None:
         try:
-            futures += (pool.submit(task) for task in tasks)
+            _work(crew, tasks)
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    with torch_threads(1), _short_turns():
+        start_new_thread(work, ())
+        try:
+            error = ended.get()
+        except BaseException:
+            crew.stop = True
+            ended.get()
+            raise
+    if error:
+        raise error
+
+
+def _work(crew: _Crew, tasks: Iterable[Callable[[], None]]) -> None:
+    with ThreadPoolExecutor(cores(), initializer=_start, initargs=(crew,)) as pool:
+        futures = [pool.submit(_unless_stopped, task) for task in tasks]
+        try:
             if not wait(futures, return_when=FIRST_EXCEPTION).not_done:
                 wait(crew.left)
         finally:
-            crew.stop.set()
+            crew.stop = True
             for threads in (pool, crew.disk):
                 threads.shutdown(cancel_futures=True)
     for future in [*futures, *crew.left]:
@@ -66,17 +91,21 @@ def run_all(tasks: Iterable[Callable[[], None]]) -> None:
 
 
 def aside(work: Callable[[], None]) -> None:
-    """Called in a task: leaves what waits for the disk to one more thread, so that the worker can go on."""
+    """Called in a task: leaves what waits for the disk to one more thread, so that the worker can go on.
+
+    Where the disk is that far behind that AHEAD such works wait, the worker waits too.
+    """
     crew: _Crew = _worker.crew
+    crew.places.acquire()
     future = crew.disk.submit(work)
-    future.add_done_callback(crew.heed)
     crew.left.append(future)
+    future.add_done_callback(crew.heed)
 
 
 def check_stop() -> None:
     """Called between blocks: raises Stopped in a worker whose `run_all` is ending."""
     crew: _Crew | None = getattr(_worker, "crew", None)
-    if crew and crew.stop.is_set():
+    if crew and crew.stop:
         raise Stopped
 
 
@@ -89,13 +118,20 @@ class _Crew:
     """What the threads of one `run_all` share."""
 
     def __init__(self) -> None:
-        self.stop = Event()
+        self.stop = False
+        self.places = Semaphore(AHEAD)
         self.disk = ThreadPoolExecutor(1, initializer=_start, initargs=(self,))
         self.left: list[Future[None]] = []
 
     def heed(self, future: Future[None]) -> None:
+        self.places.release()
         if not future.cancelled() and future.exception():
-            self.stop.set()
+            self.stop = True
+
+
+def _unless_stopped(task: Callable[[], None]) -> None:
+    check_stop()
+    task()
 
 
 def _start(crew: _Crew) -> None:

@@ -72,6 +72,8 @@ class ShardWriter:
         while self._unread and self._cursors[self._unread[0]] == self._ends[self._unread[0]]:
             name = self._unread.popleft()
             begin, size_bytes = self._begins[name], self._ends[name] - self._begins[name]
+            if not size_bytes:  # there may be no file yet
+                continue
             for chunk in read_chunks(self.partial, begin, size_bytes):
                 self._digest.update(chunk)
             if self._file:
