@@ -128,9 +128,13 @@ def _left(plan: Plan, out: Path, done: Container[Path]) -> Iterator[Shard]:
         for file, entries in _shards(component, folder):
             if file not in done:
                 file.unlink(missing_ok=True)
-                metadata = container.metadata(entries, component.entries)
                 names = [container.names(entry) for entry in entries]
-                yield Shard(entries, names, ShardWriter(file, component.specs(entries), metadata))
+                yield Shard(file, entries, names, partial(_writer, component, file, entries))
+
+
+def _writer(component: ComponentPlan, file: Path, entries: Sequence[Entry]) -> ShardWriter:
+    metadata = component.container.metadata(entries, component.entries)
+    return ShardWriter(file, component.specs(entries), metadata)
 
 
 def _shards(component: ComponentPlan, folder: Path) -> Iterator[tuple[Path, list[Entry]]]:

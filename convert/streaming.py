@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import psutil
 import torch
@@ -24,17 +25,39 @@ SMALL_BYTES = 4096  # of a part of an output
 Progress = Callable[[int, str], None]  # source bytes done since the last call, what was worked on; from any thread
 
 
-@dataclass(frozen=True)
 class Shard:
-    """A file to write: what becomes of which tensors, and under which names: output suffix → stored name."""
+    """A file to write: what becomes of which tensors, and under which names: output suffix → stored name.
 
-    entries: Sequence[Entry]
-    names: Sequence[Mapping[str, str]]
-    writer: ShardWriter
+    The writer, with the header of the file, is there from the first of its tensors to the last.
+    """
+
+    def __init__(
+        self, file: Path, entries: Sequence[Entry], names: Sequence[Mapping[str, str]], make: Callable[[], ShardWriter]
+    ) -> None:
+        self.file, self.entries, self.names = file, entries, names
+        self._make, self._turn = make, Lock()
+        self._writer: ShardWriter | None = None
 
     @property
     def source_bytes(self) -> int:
         return sum(entry.source.spec.size_bytes for entry in self.entries)
+
+    def writer(self) -> ShardWriter:
+        with self._turn:
+            self._writer = self._writer or self._make()
+            return self._writer
+
+    def finish(self) -> str:
+        """The SHA-256 of the file, which has its name."""
+        writer = self.writer()
+        digest = writer.sha256()
+        writer.close()
+        self._writer = None
+        return digest
+
+    def abandon(self) -> None:
+        if self._writer:
+            self._writer.abandon()
 
 
 def write_shards(shards: Sequence[Shard], device: torch.device, report: Progress) -> dict[Path, str]:
@@ -47,14 +70,13 @@ def write_shards(shards: Sequence[Shard], device: torch.device, report: Progress
     hashes: dict[Path, str] = {}
     passing = sum(shard.source_bytes for shard in shards) > psutil.virtual_memory().total // 2
 
-    def finish(writer: ShardWriter) -> None:
-        hashes[writer.file] = writer.sha256()
-        writer.close()
+    def finish(shard: Shard) -> None:
+        hashes[shard.file] = shard.finish()
 
     def write(shard: Shard, entry: Entry, names: Mapping[str, str]) -> None:
-        writer = shard.writer
+        writer = shard.writer()
         complete = [writer.append(name, part) for name, part in _parts(entry, names, device, report)]
-        aside(partial(finish, writer) if any(complete) else writer.keep_up)
+        aside(partial(finish, shard) if any(complete) else writer.keep_up)
         if passing:
             forget(entry.source)
 
@@ -64,10 +86,10 @@ def write_shards(shards: Sequence[Shard], device: torch.device, report: Progress
         )
     finally:
         for shard in shards:
-            shard.writer.abandon()
+            shard.abandon()
     for shard in shards:
-        if shard.writer.file not in hashes:  # no byte of a tensor is in it
-            finish(shard.writer)
+        if shard.file not in hashes:  # no byte of a tensor is in it
+            finish(shard)
     return hashes
 
 
