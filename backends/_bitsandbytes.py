@@ -15,7 +15,7 @@ Source of the layout: bitsandbytes 0.50, functional.py (quantize_4bit, QuantStat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal, Self
 
 import bitsandbytes as bnb
@@ -78,8 +78,8 @@ class FourBit(Rounded):
         if not self.double_quant:
             packed = self._packed(torch.empty(0), weight, None, None)
             return Survey(outputs={name: packed[name] for name in packed if name != "absmax"})
-        packed, mean = self._second_level([block_amax(rows.reshape(-1, self.block)).float() for rows in blocks], weight)
-        return _searched(packed, mean, weight)
+        absmax = torch.cat([block_amax(rows.reshape(-1, self.block)).float() for rows in blocks])
+        return _searched(*self._second_level(absmax, weight), weight)
 
     @property
     def pending(self) -> frozenset[str]:
@@ -87,13 +87,12 @@ class FourBit(Rounded):
         return frozenset({"absmax"} if self.double_quant and self.scale == "absmax" else ())
 
     def conclude(self, pending: Mapping[str, Tensor], weight: TensorSpec) -> dict[str, Tensor]:
-        return self._second_level([pending["absmax"]], weight)[0] if self.pending else {}
+        return self._second_level(pending["absmax"], weight)[0] if self.pending else {}
 
-    def _second_level(self, absmax: Sequence[Tensor], weight: TensorSpec) -> tuple[dict[str, Tensor], Tensor]:
+    def _second_level(self, absmax: Tensor, weight: TensorSpec) -> tuple[dict[str, Tensor], Tensor]:
         """All but the codes, as it is stored, and the mean."""
-        joined = torch.cat(list(absmax))
-        mean = _mean(joined)
-        codes, nested = quantize_blockwise(joined.sub_(mean), blocksize=NESTED_BLOCK)
+        mean = _mean(absmax)
+        codes, nested = quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
         return self._packed(codes, weight, mean, nested), mean
 
     def _packed(
