@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +19,7 @@ from filelock import FileLock
 from bitroute.convert.workers import check_stop
 
 CHUNK_BYTES = 2**18  # stays in the cache
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(file: Path, content: dict[str, Any], draft: Path | None = None, indent: int | None = 1) -> None:
@@ -94,6 +97,18 @@ def write_all(stream: FileIO, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[stream.write(rest) :]
+
+
+def reserve(stream: FileIO, size_bytes: int) -> None:
+    """Has Linux find the room at once, which halves the cost of writing; or fail now, where there is none.
+
+    Some file systems cannot do that, and posix_fallocate would write to every block of theirs.
+    """
+    if sys.platform == "linux":
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+        failed = fallocate(stream.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes))
+        if failed and ctypes.get_errno() in FULL:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def advise(stream: FileIO, what: Literal["WILLNEED", "DONTNEED"], offset: int, size_bytes: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Container, Iterator, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from bitroute.convert.architecture import without_choices
 from bitroute.convert.bare import CONFIG, INDEX
 from bitroute.convert.describe import index_names, summary
 from bitroute.convert.entry import Entry
-from bitroute.convert.files import copy, make_folder, sha256, write_json
+from bitroute.convert.files import FULL, copy, make_folder, sha256, write_json
 from bitroute.convert.journal import DONE, Journal, journal_of
 from bitroute.convert.layout import total_bytes
 from bitroute.convert.output import begin, claimed
@@ -25,8 +24,6 @@ from bitroute.convert.streaming import Progress, Shard, write_shards
 from bitroute.convert.workers import run_all
 from bitroute.convert.writer import ShardWriter, is_written
 from bitroute.errors import JobError, Problem, RecipeError, SourceError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def quantize(

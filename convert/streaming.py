@@ -61,7 +61,7 @@ class Shard:
 
 
 def write_shards(shards: Sequence[Shard], device: torch.device, report: Progress) -> dict[Path, str]:
-    """File → its SHA-256. A file is finished, beside the workers, as soon as all its tensors are there.
+    """File → its SHA-256. Whoever is done with a tensor hashes what is whole; beside them complete files are finished.
 
     Raises:
         JobError: a weight is not finite, or a backend cannot hold it.
@@ -76,7 +76,10 @@ def write_shards(shards: Sequence[Shard], device: torch.device, report: Progress
     def write(shard: Shard, entry: Entry, names: Mapping[str, str]) -> None:
         writer = shard.writer()
         complete = [writer.append(name, part) for name, part in _parts(entry, names, device, report)]
-        aside(partial(finish, shard) if any(complete) else writer.keep_up)
+        if any(complete):
+            aside(partial(finish, shard))
+        else:
+            writer.keep_up()
         if passing:
             forget(entry.source)
 

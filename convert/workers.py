@@ -93,7 +93,7 @@ def _work(crew: _Crew, tasks: Iterable[Callable[[], None]]) -> None:
 def aside(work: Callable[[], None]) -> None:
     """Called in a task: leaves what waits for the disk to one more thread, so that the worker can go on.
 
-    Where the disk is that far behind that AHEAD such works wait, the worker waits too.
+    Where the disk is that far behind that AHEAD such works wait, with a file open each, the worker waits too.
     """
     crew: _Crew = _worker.crew
     crew.places.acquire()

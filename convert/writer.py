@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitroute.backends.base import TensorSpec
-from bitroute.convert.files import advise, create, named, publish, read_chunks, write_all
+from bitroute.convert.files import advise, create, named, publish, read_chunks, reserve, write_all
 from bitroute.convert.layout import build_header, total_bytes
 from bitroute.errors import JobError, Problem
 
@@ -39,7 +39,7 @@ class ShardWriter:
         self._left_bytes = total_bytes(specs.values())
         self._unread = deque(sorted(self._begins, key=self._begins.__getitem__))  # in the order of the file
         self._digest = hashlib.sha256(self._header)
-        self._turn = Lock()
+        self._turn, self._hashing = Lock(), Lock()
         self._file: FileIO | None = None
 
     def append(self, name: str, part: Tensor) -> bool:
@@ -65,10 +65,21 @@ class ShardWriter:
             return not self._left_bytes
 
     def keep_up(self) -> None:
-        """Hashes the tensors that are whole, up to the first that is not, and has the disk begin to write them.
+        """Hashes what is whole and has the disk begin to write it, unless another thread is at it."""
+        if self._hashing.acquire(blocking=False):
+            try:
+                self._hash_whole()
+            finally:
+                self._hashing.release()
 
-        For one thread, beside those that append.
-        """
+    def sha256(self) -> str:
+        """Of the whole file, once all its tensors are there."""
+        with self._hashing:
+            self._hash_whole()
+        return self._digest.hexdigest()
+
+    def _hash_whole(self) -> None:
+        """The tensors up to the first, in the order of the file, that is not whole."""
         while self._unread and self._cursors[self._unread[0]] == self._ends[self._unread[0]]:
             name = self._unread.popleft()
             begin, size_bytes = self._begins[name], self._ends[name] - self._begins[name]
@@ -78,11 +89,6 @@ class ShardWriter:
                 self._digest.update(chunk)
             if self._file:
                 advise(self._file, "DONTNEED", begin, size_bytes)
-
-    def sha256(self) -> str:
-        """Of the whole file, once all its tensors are there."""
-        self.keep_up()
-        return self._digest.hexdigest()
 
     def close(self) -> None:
         """Complete, on the disk, and under its own name."""
@@ -114,6 +120,7 @@ class ShardWriter:
     def _opened(self) -> FileIO:
         if self._file is None:
             self._file = create(self.partial)
+            reserve(self._file, len(self._header) + total_bytes(self.specs.values()))
             write_all(self._file, self._header)
         return self._file
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import resource
 from pathlib import Path
 from threading import Event, Thread
 
@@ -107,6 +108,18 @@ def test_a_finished_file_outlives_a_failed_second_attempt(tmp_path: Path) -> Non
     assert (tmp_path / "x.safetensors").read_bytes() == b"the first"
 
 
+def test_no_room_for_the_whole_file_shows_before_its_first_byte(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec((1000,), torch.uint8), "b": TensorSpec((100_000,), torch.uint8)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/x\.safetensors\.part'"):
+            ShardWriter(tmp_path / "x.safetensors", specs, {}).append("a", torch.zeros(1000, dtype=torch.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "x.safetensors.part").stat().st_size == 0
+
+
 def test_the_hash_that_keeps_up_with_the_writing_is_that_of_the_file(tmp_path: Path) -> None:
     specs = {f"t{number}": TensorSpec((64 * (number % 3), 16), torch.float32) for number in range(40)}
     parts = [name for name, spec in specs.items() for _ in range(spec.shape[0] // 8)]
@@ -117,11 +130,13 @@ def test_the_hash_that_keeps_up_with_the_writing_is_that_of_the_file(tmp_path: P
         while not ended.wait(0.001):
             writer.keep_up()
 
-    beside = Thread(target=keep_up)
-    beside.start()
+    beside = [Thread(target=keep_up) for _ in range(3)]
+    for thread in beside:
+        thread.start()
     complete = [writer.append(name, torch.rand(8, 16)) for name in parts]
     ended.set()
-    beside.join()
+    for thread in beside:
+        thread.join()
     said = writer.sha256()
     writer.close()
     assert complete == [False] * (len(parts) - 1) + [True]
