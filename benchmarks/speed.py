@@ -26,12 +26,13 @@ from speed_page import COMPILED, FORWARD, write_page
 PEERS = sorted({peer for one in FORMATS.values() for peer in one.peers})
 ROUNDS = 3
 SLOW_SECONDS = 60  # such a conversion is made once
+WORK = Path("build/speed")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, nargs="?", default=Path("build/speed"))
+    parser.add_argument("work", type=Path, nargs="?", default=WORK)
     parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--sizes", nargs="*", choices=list(SIZES), default=list(SIZES), help="billions of parameters")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
@@ -42,9 +43,12 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="run compiled.py too: 5 minutes")
     parser.add_argument("--full", action="store_true", help="convert 11.9 billion parameters too: 40 GB of disk")
     parser.add_argument("--page-only", action="store_true")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page", type=Path, help="default: docs/benchmarks.md, and in a WORK of your own that folder")
     said = parser.parse_args()
+    if "--peers" in sys.argv and not said.grow_peers and said.peer_size not in said.sizes:
+        parser.error(f"--peers are measured at --peer-size {said.peer_size}, which --sizes leaves out")
     work = said.work.absolute()
+    page = said.page or (PAGE if said.work == WORK else work / PAGE.name)
     work.mkdir(parents=True, exist_ok=True)
     results = Results(work)
     if not said.page_only:
@@ -57,7 +61,8 @@ def main() -> None:
             tabulate(work / COMPILED, "compiled.py")
         if said.full:
             measure_full_size(work)
-    write_page(results, said.page, said.peer_size)
+    write_page(results, page, said.peer_size)
+    print(f"written: {page}")
 
 
 def runs(said: argparse.Namespace) -> Iterator[Run]:

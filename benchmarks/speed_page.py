@@ -33,7 +33,7 @@ as theirs. Without fsync nobody waits for the disk, nor has it begin. Each run i
 threads as the library takes; the clocks leave out the imports. All candidates of a format run in turn, round after
 round: times are medians, memory is the largest of all rounds, sampled every 5 ms; what took over a minute ran once.
 Anonymous memory is what comes on top of `import torch`; resident memory is all of the process, and counts the mapped
-files too, which the system can take back.
+files too, which the system can take back. `-` was not measured.
 
 ## In short
 

@@ -110,7 +110,7 @@ def no_access(error: OSError, out: Path) -> Problem:
 def _written_shards(plan: Plan, out: Path) -> dict[Path, int]:
     """The shards that have their names and their planned form, and the bytes of their sources."""
     return {
-        file: sum(entry.source.spec.size_bytes for entry in shard)
+        file: total_bytes(entry.source.spec for entry in shard)
         for component in plan.components
         for file, shard in _shards(component, out / component.component.place)
         if is_written(file, component.specs(shard), component.container.metadata(shard, component.entries))

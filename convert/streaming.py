@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitroute.convert.entry import Entry
+from bitroute.convert.layout import total_bytes
 from bitroute.convert.reading import forget, read_blocks
 from bitroute.convert.statistics import read_statistics
 from bitroute.convert.workers import aside, check_stop, run_all
@@ -40,7 +41,7 @@ class Shard:
 
     @property
     def source_bytes(self) -> int:
-        return sum(entry.source.spec.size_bytes for entry in self.entries)
+        return total_bytes(entry.source.spec for entry in self.entries)
 
     def writer(self) -> ShardWriter:
         with self._turn:
