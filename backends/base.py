@@ -257,8 +257,9 @@ class Backend(ABC):
         return None
 
     def working_bytes(self, weight: TensorSpec) -> int:
-        """What `survey` and `encode` hold at most beside the weight and blocks of its rows."""
-        return 0
+        """What `survey` and `encode` hold at most beside blocks of rows: all but the codes, as floats, and once more."""
+        outputs = [spec.size_bytes for spec in self.outputs(weight).values()]
+        return 8 * (sum(outputs) - max(outputs, default=0))
 
     def gpu_to_compute(self) -> str:
         """The smallest GPU whose arithmetic units run this format; empty where any device does."""

@@ -50,6 +50,10 @@ class QuantoInt4(Quanto):
             **super().outputs(weight),
         }
 
+    def working_bytes(self, weight: TensorSpec) -> int:
+        """The codes of the whole weight, in parts and joined, beside what they are packed to."""
+        return 2 * weight.numel + super().working_bytes(weight)
+
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
         size = group_size(weight.shape[1])
         parts = [_encode(cast(rows, COMPUTE_DTYPE).reshape(-1, size)) for rows in blocks]

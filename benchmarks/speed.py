@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from formats import BF16, BITROUTE, COPYING, FORMATS, SDNQ, UNHASHED
 from full_size import measure_full_size
 from processes import SDNQ_VERSION, checkpoint, environment, measured, sdnq_python
@@ -120,9 +122,12 @@ def tabulate(file: Path, script: str, *words: str) -> None:
 def settle(folder: Path) -> None:
     """All that was written is on the disk, and the weights are in the page cache as reading them brings them there.
 
-    What its writer left there is in pieces of its own sizes: loading of those took longer.
+    What its writer left there is in pieces of its own sizes: loading of those took longer. And the memory that the
+    last process freed may have gone back to the host of a virtual machine: touched here, or the next one waits for it.
     """
     os.sync()
+    populated = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    mmap.mmap(-1, psutil.virtual_memory().available // 2, flags=populated).close()
     buffer = bytearray(2**20)
     for file in folder.glob("*.safetensors"):
         with open(file, "rb", buffering=0) as stream:

@@ -47,11 +47,11 @@ class Entry:
 
     @property
     def held_bytes(self) -> int:
-        """What a worker of a job holds of it beside blocks: a layer to quantize, and the whole of what is derived.
+        """What a worker of a job holds of it beside blocks: its scales, and the whole of what is derived.
 
         Statistics are held as they are, as they are inside the method, and factorized, which takes three of them more.
         """
-        own = self.source.spec.size_bytes + self.backend.working_bytes(self.weight) if self.quantized else 0
+        own = self.backend.working_bytes(self.weight) if self.quantized else 0
         return own + 6 * stored_bytes(self.statistics.values()) + self._deriving_bytes
 
     @property

@@ -31,7 +31,8 @@ from bitroute.convert.workers import cores
 from bitroute.errors import BackendError, Problem, RecipeError, SourceError
 
 SHARD_BYTES = 5_000_000_000
-WORKSPACE_BYTES = 256 * 2**20  # blocks of rows, their temporaries and the allocator's slack
+WORKSPACE_BYTES = 256 * 2**20  # the allocator's slack, and what the libraries load late
+BLOCK_BYTES = 32 * 2**20  # a worker's block of rows and its temporaries
 LOADING_BYTES = 512 * 2**20  # activations and bookkeeping of the probe forward
 
 
@@ -129,8 +130,9 @@ class Plan:
 
     @property
     def job_peak_bytes(self) -> int:
-        """Anonymous memory above an idle interpreter with the libraries imported: a layer at most for each worker."""
-        return WORKSPACE_BYTES + cores() * max((e.held_bytes for c in self.components for e in c.entries), default=0)
+        """Anonymous memory above an idle interpreter with the libraries imported."""
+        held = max((entry.held_bytes for component in self.components for entry in component.entries), default=0)
+        return WORKSPACE_BYTES + cores() * (BLOCK_BYTES + held)
 
     @property
     def verify_peak_bytes(self) -> int:

@@ -266,12 +266,14 @@ def _size(shard: list[Entry]) -> int:
     return sum(entry.size_bytes for entry in shard)
 
 
-def test_the_memory_of_a_job_grows_with_its_workers_and_the_largest_layer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_a_job_grows_with_its_workers_and_what_they_hold_of_a_layer(
+    monkeypatch: pytest.MonkeyPatch, write_recipe: Write
+) -> None:
     monkeypatch.setattr(planning, "cores", lambda: 3)
-    planned = plan("tiny-flux-fp8")
-    largest = max(entry.source.spec.size_bytes for c in planned.components for entry in c.quantized)
-    assert largest == 1152 * 192 * 2
-    assert planned.job_peak_bytes == 256 * 2**20 + 3 * largest
+    scales = 4 * 1152  # float8: a scale per row of the tallest layer, in float32
+    assert plan("tiny-flux-fp8").job_peak_bytes == 256 * 2**20 + 3 * (32 * 2**20 + 8 * scales)
+    recipe = "model: builtin:tiny-flux\ncomponents: {transformer: {backend: float8, method: {low_rank: 4}}}\n"
+    assert plan(write_recipe(recipe)).job_peak_bytes == 352 * 2**20 + 3 * 22 * 1152 * 192
 
 
 def test_a_recipe_without_a_model_says_how_to_give_one(write_recipe: Write) -> None:
