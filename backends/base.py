@@ -257,7 +257,7 @@ class Backend(ABC):
         return None
 
     def working_bytes(self, weight: TensorSpec) -> int:
-        """What `survey` and `encode` hold at most beside blocks of rows: all but the codes, as floats, and once more."""
+        """What `survey` and `encode` hold at most beside blocks: all but the codes, as floats, and once more."""
         outputs = [spec.size_bytes for spec in self.outputs(weight).values()]
         return 8 * (sum(outputs) - max(outputs, default=0))
 
