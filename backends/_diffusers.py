@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from bitroute.backends import load
-from bitroute.backends._adapters import prepare_for_loras
+from bitroute.backends._adapters import answer_for_weights
 from bitroute.errors import BackendError, Problem
 
 
@@ -57,7 +57,7 @@ class BitrouteQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> None:
         self.stored = load.attach(model, self.backends, self.files, keep_in_fp32_modules or ())
         model.register_to_config(quantization_config=self.quantization_config)
-        prepare_for_loras(model)
+        answer_for_weights(model)
 
     def check_if_quantized_param(
         self, model: nn.Module, value: Tensor, name: str, state_dict: Mapping[str, Tensor], **kwargs: Any

@@ -50,7 +50,7 @@ class UndecodedWeight(Tensor):
         if func is DATA:
             return first
         if isinstance(first, cls) and _writes(func.__name__):
-            raise read_only(first.layer)
+            raise _read_only(first.layer)
         return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod
@@ -71,7 +71,7 @@ def _writes(function: str) -> bool:
 INPLACE_OPERATORS = tuple(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
 
 
-def read_only(layer: QuantizedLayer) -> BackendError:
+def _read_only(layer: QuantizedLayer) -> BackendError:
     return BackendError(
         Problem(
             "a weight that is stored in a quantized form cannot be changed",
@@ -120,7 +120,7 @@ class QuantizedLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":
-            raise read_only(self)
+            raise _read_only(self)
         super().register_parameter(name, param)
 
     @property

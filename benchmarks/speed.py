@@ -1,6 +1,6 @@
 """Time and memory of converting and loading: bitroute, the other libraries and the copying of the bytes.
 
-python benchmarks/speed.py [WORK]      writes docs/benchmarks.md; some 25 minutes on two cores
+python benchmarks/speed.py [WORK]      writes docs/benchmarks.md; some 40 minutes on two cores
 Every finished measurement is a line of WORK/results.jsonl (build/speed); what is there is not measured again, so that
 an interrupted run goes on, and --formats, --sizes and --peers make it in pieces. --full adds FLUX.1-dev's own size.
 """
@@ -34,18 +34,22 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, nargs="?", default=WORK)
-    parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("work", type=Path, nargs="?", default=WORK, help="folder of the models, gigabytes, and results")
+    parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS), help="default: all")
     parser.add_argument("--sizes", nargs="*", choices=list(SIZES), default=list(SIZES), help="billions of parameters")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
-    parser.add_argument("--peer-size", choices=list(SIZES), default=PEER_SIZE, help="what all are compared at")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="default: all")
+    parser.add_argument(
+        "--peer-size", choices=list(SIZES), default=PEER_SIZE, help="what all are compared at; default: 1.31"
+    )
     parser.add_argument("--grow-peers", action="store_true", help="measure them at the other sizes too, once")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of every measurement; default: {ROUNDS}")
     parser.add_argument("--forward", action="store_true", help="run forward.py too")
     parser.add_argument("--compiled", action="store_true", help="run compiled.py too: 5 minutes")
     parser.add_argument("--full", action="store_true", help="convert 11.9 billion parameters too: 40 GB of disk")
-    parser.add_argument("--page-only", action="store_true")
-    parser.add_argument("--page", type=Path, help="default: docs/benchmarks.md, and in a WORK of your own that folder")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page of what is there")
+    parser.add_argument(
+        "--page", type=Path, help="to write; default: docs/benchmarks.md, or benchmarks.md in a WORK of your own"
+    )
     said = parser.parse_args()
     if "--peers" in sys.argv and not said.grow_peers and said.peer_size not in said.sizes:
         parser.error(f"--peers are measured at --peer-size {said.peer_size}, which --sizes leaves out")

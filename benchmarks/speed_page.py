@@ -12,7 +12,7 @@ from full_size import FILE as FULL_SIZE
 from results import MACHINE, SIZES, Results, Summary
 
 GIB = 2**30
-UNKNOWN = "-"  # not measured
+UNKNOWN = "not measured"
 TEXT = """\
 # Time and memory
 
@@ -29,11 +29,12 @@ for a GPU lifted. A library's run is `from_pretrained` with its quantization and
 plan and its job; copying reads all and writes as many bytes as the format has.
 
 bitroute also takes the SHA-256 of what it writes, which the others do not: its row without hashes does the same work
-as theirs. Without fsync nobody waits for the disk, nor has it begin. Each run is a process of its own, with as many
-threads as the library takes; the clocks leave out the imports. All candidates of a format run in turn, round after
-round: times are medians, memory is the largest of all rounds, sampled every 5 ms; what took over a minute ran once.
+as theirs. Without fsync nobody waits for the disk, and bitroute does not have it begin early either. Each run is a
+process of its own, with as many threads as the library takes; the clocks leave out the imports. All candidates of a
+format run in turn, round after round: times are medians, memory is the largest of all rounds, sampled every 5 ms; what
+took over a minute ran once. The same run varies by a tenth.
 Anonymous memory is what comes on top of `import torch`; resident memory is all of the process, and counts the mapped
-files too, which the system can take back. `-` was not measured.
+files too, which the system can take back.
 
 ## In short
 
@@ -43,6 +44,8 @@ Times of {size} billion parameters as ratios. With fsync: bitroute beside the co
 {short}
 
 ## Converting {size} billion parameters
+
+CPU seconds and memory are those of the run without fsync.
 
 {converting}
 
@@ -110,7 +113,7 @@ def write_page(results: Results, page: Path, size: str) -> None:
 def short(results: Results, size: str) -> str:
     """What the other tables say of bitroute, as ratios of their medians."""
     lines = []
-    for name in FORMATS:
+    for name in _measured(results, size):
         copied, own = (results.conversion(size, name, one, True) for one in (COPYING, BITROUTE))
         unsynced, unhashed = (results.conversion(size, name, one, False) for one in (BITROUTE, UNHASHED))
         rival, fastest = _fastest(results, size, name)
@@ -122,7 +125,8 @@ def short(results: Results, size: str) -> str:
 def converting(results: Results, size: str) -> str:
     head = ["s, fsync", "s", "CPU s", "anonymous GiB", "resident GiB", "written MB", "rounds"]
     parts = []
-    for name, form in FORMATS.items():
+    for name in _measured(results, size):
+        form = FORMATS[name]
         lines = [[one, *_conversion(results, size, name, one)] for one in _candidates(form)]
         parts.append(f"{name}: {form.about}\n\n{_table([name, *head], lines)}")
     return "\n\n".join(parts)
@@ -172,6 +176,15 @@ def _machine(said: Mapping[str, Any]) -> str:
     )
 
 
+def _measured(results: Results, size: str) -> list[str]:
+    """The formats of which there is something at this size."""
+    return [
+        name
+        for name, form in FORMATS.items()
+        if any(results.conversion(size, name, one, False) for one in _candidates(form))
+    ]
+
+
 def _candidates(form: Format) -> Iterator[str]:
     yield from (COPYING, BITROUTE, UNHASHED, *form.peers)
 
@@ -218,6 +231,8 @@ def _gib(size_bytes: int) -> str:
 
 def _table(head: list[str], lines: Iterable[list[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
+    if len(rows) == 2:
+        return "Not measured."
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
 
 

@@ -38,8 +38,11 @@ pipe.enable_model_cpu_offload()
 
   It stays beside the weight. Fusing it would round the weight a second time, so that is refused; fuse it before the
   conversion, which rounds once (`fuse_loras:` in the [recipe](recipes.md)), or call `pipe.transformer.dequantize()`
-  first. A LoRA needs `pip install peft`, which does not know quantized
+  first. What PEFT fused before it came to the first quantized layer stays fused, and so does the scale that it was
+  told: after a refusal load the model again. A LoRA needs `pip install peft`, which does not know quantized
   convolutions: it refuses to adapt those. Layers with quantized activations (`activations:`) pass no gradient on.
+  `unload_lora_weights()` before `save_pretrained`: with a LoRA beside them the layers are saved under PEFT's names,
+  which no loader opens, of plain diffusers neither.
 - **A text encoder in a torchao folder cannot be saved again** (transformers 5.23 raises NotImplementedError), so
   neither can the pipeline with it; `container: bitroute` can.
 - **On a small GPU** groups of layers can wait in memory:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitroute.backends import create
-from bitroute.backends._adapters import StateDict, prepare_for_loras
+from bitroute.backends._adapters import StateDict, answer_for_weights
 from bitroute.backends.layers import QuantizedLayer
 from bitroute.backends.load import attach
 from bitroute.errors import BackendError
@@ -93,7 +93,7 @@ def test_a_stored_tensor_never_tells_the_dtype_of_a_model() -> None:
 
 def test_a_state_dict_answers_for_the_weights_and_copies_as_a_plain_one(layer: Any) -> None:
     model = nn.ModuleDict({"inner": nn.Sequential(layer)})
-    prepare_for_loras(model)
+    answer_for_weights(model)
     state: Any = model.state_dict()
     assert isinstance(state, StateDict)
     assert "inner.0.weight" not in state and sorted(state) == ["inner.0.bias", "inner.0.qdata", "inner.0.scale"]
