@@ -112,7 +112,7 @@ class Transformed(Backend):
     def working_bytes(self, weight: TensorSpec) -> int:
         """Low rank: the weight, the rest, what is read back of it, the next target and one more, in float32."""
         whole = weight.size_bytes if self.method.smooth or self.method.low_rank else 0
-        compensated = 16 * COMPENSATED_ELEMENTS if self.method.gptq else 0
+        compensated = 48 * COMPENSATED_ELEMENTS if self.method.gptq else 0
         inside = 20 * weight.numel if self.method.low_rank else self.inner.working_bytes(_inside(weight))
         return whole + compensated + inside
 

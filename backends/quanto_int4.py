@@ -51,13 +51,20 @@ class QuantoInt4(Quanto):
         }
 
     def working_bytes(self, weight: TensorSpec) -> int:
-        """The codes of the whole weight, in parts and joined, beside what they are packed to."""
+        """A byte for every code, what they are packed to, and as much while they are packed."""
         return 2 * weight.numel + super().working_bytes(weight)
 
     def survey(self, blocks: Iterable[Tensor], weight: TensorSpec, statistics: Statistics = NONE) -> Survey:
         size = group_size(weight.shape[1])
-        parts = [_encode(cast(rows, COMPUTE_DTYPE).reshape(-1, size)) for rows in blocks]
-        codes, scale, shift = (torch.cat(part) for part in zip(*parts, strict=True))
+        groups = weight.numel // size
+        codes = torch.empty(groups, size, dtype=torch.uint8)
+        scale, shift = (torch.empty(groups, 1, dtype=COMPUTE_DTYPE) for _ in range(2))
+        end = 0
+        for rows in blocks:
+            begin, end = end, end + rows.numel() // size
+            found = _encode(cast(rows, COMPUTE_DTYPE).reshape(-1, size))
+            for whole, part in zip((codes, scale, shift), found, strict=True):
+                whole[begin:end] = part
         outputs = {"data": pack_weights(codes, bits=4), "scale": scale, "shift": shift}
         return Survey(outputs={**super().survey((), weight).outputs, **outputs})
 

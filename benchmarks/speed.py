@@ -130,14 +130,14 @@ def settle(folder: Path) -> None:
     last process freed may have gone back to the host of a virtual machine: touched here, or the next one waits for it.
     """
     os.sync()
-    populated = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    mmap.mmap(-1, TOUCHED_BYTES, flags=populated).close()
     buffer = bytearray(2**20)
     for file in folder.glob("*.safetensors"):
         with open(file, "rb", buffering=0) as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while stream.readinto(buffer):
                 pass
+    populated = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    mmap.mmap(-1, TOUCHED_BYTES, flags=populated).close()
 
 
 def remove(out: Path) -> None:
