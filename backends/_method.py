@@ -110,7 +110,10 @@ class Transformed(Backend):
         return f"{self.name} ({', '.join([*said, *method])})"
 
     def working_bytes(self, weight: TensorSpec) -> int:
-        """Low rank: the weight, the rest, what is read back of it, the next target and one more, in float32."""
+        """Low rank: the weight, the rest, what is read back of it, the next target and one more, in float32.
+
+        Smoothing holds the weight as it is; GPTQ larger blocks, with what searching scales and rounding take of each.
+        """
         whole = weight.size_bytes if self.method.smooth or self.method.low_rank else 0
         compensated = 48 * COMPENSATED_ELEMENTS if self.method.gptq else 0
         inside = 20 * weight.numel if self.method.low_rank else self.inner.working_bytes(_inside(weight))

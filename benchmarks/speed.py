@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("work", type=Path, nargs="?", default=WORK, help="folder of the models, gigabytes, and results")
     parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS), help="default: all")
     parser.add_argument("--sizes", nargs="*", choices=list(SIZES), default=list(SIZES), help="billions of parameters")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="default: all")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all")
     parser.add_argument(
-        "--peer-size", choices=list(SIZES), default=PEER_SIZE, help="what all are compared at; default: 1.31"
+        "--peer-size", choices=list(SIZES), default=PEER_SIZE, help=f"what all are compared at; default: {PEER_SIZE}"
     )
     parser.add_argument("--grow-peers", action="store_true", help="measure them at the other sizes too, once")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of every measurement; default: {ROUNDS}")
@@ -51,7 +51,7 @@ def main() -> None:
         "--page", type=Path, help="to write; default: docs/benchmarks.md, or benchmarks.md in a WORK of your own"
     )
     said = parser.parse_args()
-    if "--peers" in sys.argv and not said.grow_peers and said.peer_size not in said.sizes:
+    if said.peers and not said.grow_peers and said.peer_size not in said.sizes:
         parser.error(f"--peers are measured at --peer-size {said.peer_size}, which --sizes leaves out")
     work = said.work.absolute()
     page = said.page or (PAGE if said.work == WORK else work / PAGE.name)
@@ -82,7 +82,7 @@ def runs(said: argparse.Namespace) -> Iterator[Run]:
                 sides = (True, False) if compared else (True,)
                 own = [(one, fsync) for fsync in sides for one in (COPYING, BITROUTE)]
                 own += [(UNHASHED, False)] if compared else []
-                peers = [peer for peer in FORMATS[name].peers if peer in said.peers]
+                peers = [peer for peer in FORMATS[name].peers if said.peers is None or peer in said.peers]
                 if not compared and (number or not said.grow_peers):
                     peers = []
                 for candidate, fsync in [*own, *((peer, False) for peer in peers)]:

@@ -200,7 +200,7 @@ def _fastest(results: Results, size: str, name: str) -> tuple[str, Summary | Non
 def _conversion(results: Results, size: str, name: str, candidate: str) -> list[str]:
     synced, found = (results.conversion(size, name, candidate, fsync) for fsync in (True, False))
     if found is None:
-        return [UNKNOWN] * 7
+        return [UNKNOWN, *[""] * 6]
     if isinstance(found, str):
         return [f"failed: {found}", *[""] * 6]
     seconds = f"{synced.seconds:.2f}" if isinstance(synced, Summary) else ""

@@ -120,7 +120,7 @@ class ShardWriter:
     def _opened(self) -> FileIO:
         if self._file is None:
             self._file = create(self.partial)
-            reserve(self._file, len(self._header) + total_bytes(self.specs.values()))
+            reserve(self._file, len(self._header) + self._left_bytes)
             write_all(self._file, self._header)
         return self._file
 

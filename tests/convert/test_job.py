@@ -5,14 +5,13 @@ from __future__ import annotations
 import filecmp
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from full_disk import files_limited_to
 from safetensors.torch import load_file, save_file
 
 from bitroute import plan, quantize, verify
@@ -234,17 +233,6 @@ def test_progress_adds_up_to_the_source(tmp_path: Path) -> None:
     run(planned, tmp_path / "out", progress=lambda done, what: seen.append((done, what)))
     assert sum(done for done, _ in seen) == sum(component.source_bytes for component in planned.components)
     assert "transformer_blocks.0.attn.to_q" in {what for _, what in seen}
-
-
-@contextmanager
-def files_limited_to(size_bytes: int) -> Iterator[None]:
-    """Writes beyond that size fail, as they do on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(("recipe", "size_bytes"), [(FP8, 100), (FP8, 60_000), (FP8, 3_456_789), (CLIP, 2_000_000)])

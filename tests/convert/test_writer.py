@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-import resource
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 import torch
+from full_disk import files_limited_to
 from safetensors import safe_open
 from torch import Tensor
 
@@ -110,13 +110,11 @@ def test_a_finished_file_outlives_a_failed_second_attempt(tmp_path: Path) -> Non
 
 def test_no_room_for_the_whole_file_shows_before_its_first_byte(tmp_path: Path) -> None:
     specs = {"a": TensorSpec((1000,), torch.uint8), "b": TensorSpec((100_000,), torch.uint8)}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(OSError, match=r"File too large: '.*/x\.safetensors\.part'"):
-            ShardWriter(tmp_path / "x.safetensors", specs, {}).append("a", torch.zeros(1000, dtype=torch.uint8))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        files_limited_to(50_000),
+        pytest.raises(OSError, match=r"File too large: '.*/x\.safetensors\.part'"),
+    ):
+        ShardWriter(tmp_path / "x.safetensors", specs, {}).append("a", torch.zeros(1000, dtype=torch.uint8))
     assert (tmp_path / "x.safetensors.part").stat().st_size == 0
 
 
