@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bitroute.backends import _compiled
 from bitroute.backends.base import BLOCK_ELEMENTS
 
 _F32_MANTISSA_BITS = 23
@@ -58,6 +59,9 @@ class Element:
         scratch: the memory for it, float32 and int32 in the shape of `values`; the first is what is returned.
         """
         clamped, anchor = scratch or (None, None)
+        compiled = _compiled.nearest(values, clamped, self._fields)
+        if compiled is not None:
+            return compiled
         values = torch.clamp(values, -self.max, self.max, out=clamped)
         anchor = torch.bitwise_and(values.view(torch.int32), _EXPONENT, out=anchor)
         anchor.clamp_(min=(_F32_BIAS + 1 - self.bias) << _F32_MANTISSA_BITS)  # subnormals share one step
@@ -66,13 +70,18 @@ class Element:
 
     def store(self, values: Tensor) -> Tensor:
         """float32 [..., n], already divided by their scale → stored elements [..., columns(n)]."""
+        codes = _compiled.codes(values, self._fields)
         if self.dtype != torch.uint8:
-            return values.clamp(-self.max, self.max).to(self.dtype)
+            return values.clamp(-self.max, self.max).to(self.dtype) if codes is None else codes.view(self.dtype)
+        return pack(self._rounded_codes(values) if codes is None else codes, self.bits)
+
+    def _rounded_codes(self, values: Tensor) -> Tensor:
+        """float32 → codes, uint8."""
         rounded = self.nearest(values).copysign_(values).mul_(2.0 ** (self.bias - _F16_BIAS))
         half = rounded.half().view(torch.int16)  # exact, and its bits are the code with a wider mantissa
         codes = (half >> (_F16_MANTISSA_BITS - self.mantissa_bits)).bitwise_and_(self._magnitude)
         codes |= (half >> (16 - self.bits)).bitwise_and_(self._sign)
-        return pack(codes, self.bits)
+        return codes.to(torch.uint8)
 
     def load(self, stored: Tensor) -> Tensor:
         """Stored elements [..., columns(n)] → float32 [..., n], not yet multiplied by their scale."""
@@ -94,6 +103,10 @@ class Element:
     def codes(self, stored: Tensor) -> Tensor:
         """Stored elements [..., columns(n)] → their codes, uint8 [..., n]."""
         return unpack(stored, self.bits)
+
+    @property
+    def _fields(self) -> tuple[int, int, float]:
+        return self.exponent_bits, self.mantissa_bits, self.max
 
     @property
     def _magnitude(self) -> int:
@@ -209,9 +222,9 @@ def _places(high_first: bool, device: torch.device) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """int16 codes [..., n] of 4, 6 or 8 bits → uint8 [..., n · bits / 8]."""
+    """uint8 codes [..., n] of 4, 6 or 8 bits → uint8 [..., n · bits / 8]."""
     packers = {4: _pack_nibbles, 6: _pack_sixes}
-    return packers[bits](codes) if bits in packers else codes.to(torch.uint8)
+    return packers[bits](codes) if bits in packers else codes
 
 
 def unpack(stored: Tensor, bits: int) -> Tensor:
@@ -221,9 +234,9 @@ def unpack(stored: Tensor, bits: int) -> Tensor:
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
-    """int16 codes [..., n] → uint8 [..., n / 2], the even element in the low nibble."""
-    pairs = codes.view(torch.int32)
-    return (pairs >> 12).bitwise_or_(pairs).to(torch.uint8)
+    """uint8 codes [..., n] → uint8 [..., n / 2], the even element in the low nibble."""
+    pairs = codes.view(torch.int16)
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
 
 
 def _unpack_nibbles(packed: Tensor) -> Tensor:
@@ -234,8 +247,8 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def _pack_sixes(codes: Tensor) -> Tensor:
-    """int16 codes [..., n] → uint8 [..., 3n / 4]: four make a 24-bit little-endian number, first lowest."""
-    fours = codes.to(torch.uint8).view(torch.int32)
+    """uint8 codes [..., n] → uint8 [..., 3n / 4]: four make a 24-bit little-endian number, first lowest."""
+    fours = codes.view(torch.int32)
     joined = (fours & 0x3F) | (fours >> 2 & 0xFC0) | (fours >> 4 & 0x3F000) | (fours >> 6 & 0xFC0000)
     return joined.view(torch.uint8).reshape(*joined.shape, 4)[..., :3].flatten(-2)
 

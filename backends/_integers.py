@@ -80,7 +80,9 @@ class Integers(Rounded):
 
     def store(self, rows: Tensor, scales: Scales, survey: Survey) -> dict[str, Tensor]:
         each = tuple(values.unsqueeze(-1) for values in scales)
-        codes = _codes(in_blocks(rows, self.group), each, self.bits).add_(_half(self.bits)).to(torch.int16)
+        codes = (
+            _codes(in_blocks(rows, self.group), each, self.bits).add_(_half(self.bits)).to(torch.int16).to(torch.uint8)
+        )
         stored = {"codes": pack(codes.flatten(1), self.bits)}
         return stored | {name: values.to(STORED) for name, values in zip(("scale", "zero"), scales, strict=False)}
 

@@ -25,6 +25,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
+from bitroute.backends import _elements
 from bitroute.backends._elements import block_amax, largest, new_float32
 from bitroute.backends._emulation import largest_input, product
 from bitroute.backends._torchao import (
@@ -161,7 +162,7 @@ class Float8(Backend):
 
 def _quotients(rows: Tensor, scale: Tensor) -> Tensor:
     """Rounded; a scale that was itself rounded down leaves at most 449, which is rounded to 448."""
-    return rows.to(torch.float32, copy=True).div_(scale).to(E4M3)
+    return _elements.E4M3.store(rows.to(torch.float32, copy=True).div_(scale))
 
 
 def _multiplied(

@@ -1,0 +1,215 @@
+"""The compiled code gives the eager code's bits, and where it cannot be had nothing is missing but speed."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitroute.backends import _compiled, available, create
+from bitroute.backends._compiled import LEAST_NUMBERS, SWITCH
+from bitroute.backends._elements import E2M1, E2M3, E3M2, E4M3, E5M2, Element
+from bitroute.backends._table import Table, table
+from bitroute.backends.base import Backend, TensorSpec
+
+HAS_COMPILER = sys.platform == "linux" and shutil.which("cc") is not None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="this machine has no C compiler")
+every_element = pytest.mark.parametrize("element", [E2M1, E2M3, E3M2, E4M3, E5M2], ids=lambda element: element.name)
+Compiler = Callable[[str], None]
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nothing is compiled yet; the folder in which it will be kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(SWITCH, raising=False)
+    _compiled._library.cache_clear()
+    yield tmp_path / "cache" / "bitroute"
+    _compiled._library.cache_clear()
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """Puts a script in the place of all compilers."""
+
+    def write(script: str) -> None:
+        file = tmp_path / "bin" / "cc"
+        file.parent.mkdir()
+        file.write_text(script)
+        file.chmod(0o755)
+        monkeypatch.setenv("PATH", str(file.parent))
+
+    return write
+
+
+def hard_values() -> Tensor:
+    """Every sign and exponent with the first seven bits of a mantissa and what lies beside them; numbers at random."""
+    heads = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
+    drawn = torch.randint(-(1 << 31), 1 << 31, (1 << 20,), generator=torch.Generator().manual_seed(3))
+    bits = torch.cat([heads, heads + 1, heads - 1, heads + (1 << 15), drawn.to(torch.int32)])
+    return bits.view(torch.float32)
+
+
+def eagerly(work: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setenv(SWITCH, "0")
+        return work()
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.int32 if tensor.itemsize == 4 else torch.uint8)
+
+
+@needs_compiler
+@every_element
+def test_rounding_is_the_eager_one_bit_for_bit(element: Element, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = hard_values()
+    found, eager = element.nearest(values), eagerly(lambda: element.nearest(values), monkeypatch)
+    assert _compiled.nearest(values, None, element._fields) is not None
+    assert torch.equal(found.isnan(), values.isnan())
+    numbers = ~values.isnan()
+    assert torch.equal(bits_of(found)[numbers], bits_of(eager)[numbers])
+
+
+@needs_compiler
+@every_element
+def test_rounding_uses_the_memory_that_it_is_given(element: Element) -> None:
+    values = hard_values()
+    scratch = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
+    assert element.nearest(values, scratch) is scratch[0]
+    assert torch.equal(bits_of(scratch[0]), bits_of(element.nearest(values)))
+
+
+@needs_compiler
+@every_element
+def test_what_is_stored_is_the_same_bit_for_bit(element: Element, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = hard_values()
+    values = values if element.bits == 8 else values[~values.isnan()]  # only E4M3 and E5M2 have a NaN
+    values = values[: len(values) // 4 * 4]
+    eager = eagerly(lambda: element.store(values), monkeypatch)
+    assert torch.equal(bits_of(element.store(values)), bits_of(eager))
+    assert _compiled.codes(values, element._fields) is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize("more", [0, 1, 7, 15, 16, 33])
+def test_no_length_is_special(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = hard_values()[-LEAST_NUMBERS - more :].clone()
+    eager = eagerly(lambda: E4M3.store(values), monkeypatch)
+    assert torch.equal(bits_of(E4M3.store(values)), bits_of(eager))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["nf4", "fp4", "one with equal numbers"])
+def test_places_in_a_table_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = Table(torch.linspace(-1, 1, 8).repeat_interleave(2), torch.arange(16, dtype=torch.uint8))
+    found = table("nf4" if name == "nf4" else "fp4", torch.device("cpu")) if "4" in name else twice
+    drawn = torch.rand(LEAST_NUMBERS, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    beside = torch.cat(
+        [found.bounds, found.bounds.nextafter(torch.tensor(2.0)), found.bounds.nextafter(-torch.ones(1))]
+    )
+    values = torch.cat([beside, -torch.zeros(1), torch.zeros(1), torch.tensor([torch.inf, -torch.inf]), drawn])
+    eager = eagerly(lambda: found.nearest(values), monkeypatch)
+    assert torch.equal(found.nearest(values), eager)
+    assert _compiled.places(values, found.bounds) is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", [create(name) for name in available()], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_backend_stores_the_same_with_and_without(
+    backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = (torch.randn(256, 384, generator=torch.Generator().manual_seed(11)) * 0.02).to(dtype)
+    assert backend.refuse(TensorSpec((256, 384), dtype)) is None
+    compiled = backend.quantize(weight)
+    monkeypatch.setenv(SWITCH, "0")
+    eager = backend.quantize(weight)
+    for suffix, tensor in eager.items():
+        assert torch.equal(bits_of(compiled[suffix]), bits_of(tensor)), suffix
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.ones(LEAST_NUMBERS - 1),
+        torch.ones(LEAST_NUMBERS, dtype=torch.float64),
+        torch.ones(2, LEAST_NUMBERS).t(),
+        torch.ones(LEAST_NUMBERS, requires_grad=True),
+        torch.nn.Parameter(torch.ones(LEAST_NUMBERS), requires_grad=False),
+        torch.ones(LEAST_NUMBERS, device="meta"),
+    ],
+    ids=["few", "of another dtype", "strided", "with a gradient", "of a class of its own", "without memory"],
+)
+def test_what_it_cannot_take_is_left_to_the_eager_code(values: Tensor) -> None:
+    assert _compiled.nearest(values, None, E4M3._fields) is None
+    assert _compiled.nearest(torch.ones(LEAST_NUMBERS), None, E4M3._fields) is not None
+
+
+@needs_compiler
+def test_it_is_compiled_once_for_all_processes(fresh: Path, compiler: Compiler) -> None:
+    values = torch.ones(LEAST_NUMBERS)
+    assert _compiled.codes(values, E4M3._fields) is not None
+    (kept,) = fresh.iterdir()
+    made = kept.stat().st_mtime_ns
+    _compiled._library.cache_clear()  # as in a process that starts later
+    compiler("#!/bin/sh\nexit 1\n")
+    assert _compiled.codes(values, E4M3._fields) is not None
+    assert [(file, file.stat().st_mtime_ns) for file in fresh.iterdir()] == [(kept, made)]
+
+
+@needs_compiler
+def test_a_damaged_file_is_compiled_again(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.ones(LEAST_NUMBERS)
+    assert _compiled.codes(values, E4M3._fields) is not None
+    (sound,) = fresh.iterdir()
+    damaged = tmp_path / "elsewhere" / "bitroute" / sound.name  # what a process has opened it does not open again
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    _compiled._library.cache_clear()
+    assert _compiled.codes(values, E4M3._fields) is not None
+    assert damaged.stat().st_size == sound.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["#!/bin/sh\nexit 1\n", "#!/bin/sh\nexit 0\n", "#!/bin/sh\nprintf nonsense > $9\n", "#!/nowhere\n"],
+    ids=["fails", "writes nothing", "writes nonsense", "does not start"],
+)
+def test_a_broken_compiler_costs_speed_alone(script: str, compiler: Compiler) -> None:
+    compiler(script)
+    values = torch.full((LEAST_NUMBERS,), 300.0)
+    assert _compiled.codes(values, E4M3._fields) is None
+    assert E4M3.store(values).float().unique().tolist() == [288.0]
+
+
+@pytest.mark.parametrize("machine", ["no compiler", "no home", "a home that is a file", "another processor"])
+def test_a_machine_that_cannot_compile_goes_without(
+    machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if machine == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif machine == "no home":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        monkeypatch.delenv("XDG_CACHE_HOME")
+    elif machine == "a home that is a file":
+        (tmp_path / "cache").write_text("")
+    else:
+        monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert _compiled.codes(torch.ones(LEAST_NUMBERS), E4M3._fields) is None
+
+
+def test_many_threads_of_torch_are_left_to_it() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(_compiled.MOST_THREADS + 1)
+        assert _compiled.codes(torch.ones(LEAST_NUMBERS), E4M3._fields) is None
+    finally:
+        torch.set_num_threads(before)
