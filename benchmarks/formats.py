@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 BITROUTE, COPYING, BF16 = "bitroute", "copying", "bf16"
-UNHASHED = "bitroute, no hashes"  # the others hash nothing
+UNCOMPILED = "bitroute, no compiler"
 BITSANDBYTES, QUANTO, SDNQ, TORCHAO = "bitsandbytes", "quanto", "sdnq", "torchao"
 Config = Callable[[], Any]
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from formats import BF16, BITROUTE, COPYING, FORMATS, SDNQ, UNHASHED
+from formats import BF16, BITROUTE, COPYING, FORMATS, SDNQ, UNCOMPILED
 from full_size import measure_full_size
 from processes import SDNQ_VERSION, checkpoint, environment, measured, sdnq_python
 from results import PEER_SIZE, SIZES, Results, Run, describe_machine
@@ -81,7 +81,7 @@ def runs(said: argparse.Namespace) -> Iterator[Run]:
             for name in said.formats:
                 sides = (True, False) if compared else (True,)
                 own = [(one, fsync) for fsync in sides for one in (COPYING, BITROUTE)]
-                own += [(UNHASHED, False)] if compared else []
+                own += [(UNCOMPILED, False)] if compared else []
                 peers = [peer for peer in FORMATS[name].peers if said.peers is None or peer in said.peers]
                 if not compared and (number or not said.grow_peers):
                     peers = []
@@ -108,7 +108,7 @@ def measure(work: Path, run: Run) -> dict[str, Any]:
     remove(out)
     flags = [] if run.fsync else ["--no-fsync"]
     found = measured(python, "convert", run.format, run.candidate, source, out, *flags)
-    if "error" not in found and not run.fsync and run.candidate not in (COPYING, UNHASHED):
+    if "error" not in found and not run.fsync and run.candidate not in (COPYING, UNCOMPILED):
         settle(out)
         found["load"] = measured(python, "load", run.candidate, out)
     remove(out)

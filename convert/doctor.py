@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from bitroute import backends
+from bitroute.backends import _compiled
 from bitroute.backends.base import Backend, TensorSpec
 from bitroute.convert.describe import LIBRARIES
 from bitroute.errors import BackendError
@@ -77,6 +78,7 @@ def diagnose() -> dict[str, Any]:
         "libraries": {library: _version(library) for library in ("bitroute", *LIBRARIES)},
         "devices": _devices(),
         "memory_bytes": {"total": memory.total, "available": memory.available},
+        "rounding": _compiled.described(),
         "formats": {name: _here(name) for name in backends.available()},
     }
 
@@ -86,7 +88,8 @@ def diagnosis_text(found: dict[str, Any]) -> str:
     lines = [f"python {found['python']}"]
     lines += [f"{library:<15} {number}" for library, number in found["libraries"].items()]
     lines += ["", *(f"device: {device}" for device in found["devices"])]
-    lines += [f"memory: {memory['available'] / 1e9:.1f} GB free of {memory['total'] / 1e9:.1f} GB", ""]
+    lines += [f"memory: {memory['available'] / 1e9:.1f} GB free of {memory['total'] / 1e9:.1f} GB"]
+    lines += [f"rounding: {found['rounding']}", ""]
     return "\n".join([*lines, *(f"{name:<15} {words}" for name, words in found["formats"].items())])
 
 

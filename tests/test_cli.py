@@ -298,7 +298,7 @@ def test_doctor_tells_versions_devices_and_formats() -> None:
     assert found["devices"][0].startswith("cpu")
     assert found["formats"].keys() == set(available())
     text = run("doctor").stdout
-    assert all(name in text for name in (*available(), "torch", "memory:"))
+    assert all(name in text for name in (*available(), "torch", "memory:", f"rounding: {found['rounding']}"))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def page_of(work: Path, rows: list[dict[str, Any]], *options: str) -> str:
 
 def rounds() -> list[dict[str, Any]]:
     times = {("copying", True): 2.0, ("bitroute", True): 3.0, ("copying", False): 1.0, ("bitroute", False): 2.0}
-    times["bitroute, no hashes", False] = 1.5
+    times["bitroute, no compiler", False] = 1.5
     found = [
         row("float8", one, seconds + n, fsync=fsync, number=n)
         for n in (0, 1)
