@@ -27,12 +27,21 @@ MOST_THREADS = 4  # with more, torch's ten passes are as fast
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-xc", "-")  # products are rounded
 MACHINES = frozenset({"x86_64", "aarch64"})
 LONGEST_SECONDS = 60
-_POINTER, _SIZE, _ELEMENT = ctypes.c_void_p, ctypes.c_size_t, (ctypes.c_int, ctypes.c_int, ctypes.c_float)
+BOUNDS, LARGEST_BLOCK = 15, 128  # of a table
+Fields = tuple[int, int, float]  # of an element: exponent bits, mantissa bits, largest number
+_P, _N, _F, _ELEMENT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, (ctypes.c_int, ctypes.c_int, ctypes.c_float)
+FUNCTIONS = {
+    "nearest": (_P, _P, _N, *_ELEMENT),
+    "codes": (_P, _P, _N, *_ELEMENT),
+    "places": (_P, _P, _N, _P),
+    "squares": (_P, _P, _P, _N, _N, *_ELEMENT),
+    "table_squares": (_P, _P, _P, _P, _F, _P, _N, _N),
+}
 _turn = Lock()
 
 
-def nearest(values: Tensor, out: Tensor | None, element: tuple[int, int, float]) -> Tensor | None:
-    """`Element.nearest` of exponent bits, mantissa bits and the largest number; None where that is to do it itself."""
+def nearest(values: Tensor, out: Tensor | None, element: Fields) -> Tensor | None:
+    """`Element.nearest`; None where that is to do it itself."""
     library = _for(values)
     if not library:
         return None
@@ -41,7 +50,7 @@ def nearest(values: Tensor, out: Tensor | None, element: tuple[int, int, float])
     return found
 
 
-def codes(values: Tensor, element: tuple[int, int, float]) -> Tensor | None:
+def codes(values: Tensor, element: Fields) -> Tensor | None:
     """The codes of the nearest numbers of an element, uint8 in the shape of the values; None as in `nearest`."""
     library = _for(values)
     if not library:
@@ -54,11 +63,34 @@ def codes(values: Tensor, element: tuple[int, int, float]) -> Tensor | None:
 def places(values: Tensor, bounds: Tensor) -> Tensor | None:
     """`Table.nearest` with its 15 bounds, uint8 in the shape of the values; None as in `nearest`."""
     library = _for(values)
-    if not library:
+    if not library or len(bounds) != BOUNDS:
         return None
     found = torch.empty_like(values, dtype=torch.uint8)
     library.places(values.data_ptr(), found.data_ptr(), values.numel(), bounds.data_ptr())
     return found
+
+
+def squares(values: Tensor, reciprocals: Tensor, out: Tensor, element: Fields) -> Tensor | None:
+    """The squared errors of rounding blocks [..., size] times their reciprocals [...], in `out`; None as above."""
+    library = _for(values)
+    if not library:
+        return None
+    units = reciprocals.contiguous()
+    library.squares(values.data_ptr(), units.data_ptr(), out.data_ptr(), units.numel(), values.shape[-1], *element)
+    return out
+
+
+def table_squares(
+    values: Tensor, reciprocals: Tensor, shares: Tensor, rough: Tensor, bins: int, out: Tensor
+) -> Tensor | None:
+    """The squared errors of blocks [..., size] that a table holds in shares [...] of them; None as above."""
+    library = _for(values)
+    if not library or values.shape[-1] > LARGEST_BLOCK:
+        return None
+    units, parts = reciprocals.contiguous(), shares.contiguous()
+    pointers = (tensor.data_ptr() for tensor in (values, units, parts, rough))
+    library.table_squares(*pointers, bins, out.data_ptr(), units.numel(), values.shape[-1])
+    return out
 
 
 def described() -> str:
@@ -93,10 +125,9 @@ def _library() -> ctypes.CDLL | None:
         library = _opened(file) or (_opened(file) if _compile(source, file) else None)
     except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no room, no compiler
         return None
-    if library:
-        library.nearest.argtypes = library.codes.argtypes = (_POINTER, _POINTER, _SIZE, *_ELEMENT)
-        library.places.argtypes = (_POINTER, _POINTER, _SIZE, _POINTER)
-        library.nearest.restype = library.codes.restype = library.places.restype = None
+    for name, types in FUNCTIONS.items() if library else ():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
     return library
 
 

@@ -59,7 +59,7 @@ class Element:
         scratch: the memory for it, float32 and int32 in the shape of `values`; the first is what is returned.
         """
         clamped, anchor = scratch or (None, None)
-        compiled = _compiled.nearest(values, clamped, self._fields)
+        compiled = _compiled.nearest(values, clamped, self.fields)
         if compiled is not None:
             return compiled
         values = torch.clamp(values, -self.max, self.max, out=clamped)
@@ -70,7 +70,7 @@ class Element:
 
     def store(self, values: Tensor) -> Tensor:
         """float32 [..., n], already divided by their scale → stored elements [..., columns(n)]."""
-        codes = _compiled.codes(values, self._fields)
+        codes = _compiled.codes(values, self.fields)
         if self.dtype != torch.uint8:
             return values.clamp(-self.max, self.max).to(self.dtype) if codes is None else codes.view(self.dtype)
         return pack(self._rounded_codes(values) if codes is None else codes, self.bits)
@@ -105,7 +105,7 @@ class Element:
         return unpack(stored, self.bits)
 
     @property
-    def _fields(self) -> tuple[int, int, float]:
+    def fields(self) -> tuple[int, int, float]:
         return self.exponent_bits, self.mantissa_bits, self.max
 
     @property
@@ -154,8 +154,10 @@ def squared_error(blocks: Tensor, element: Element, weights: Tensor | None) -> C
     )
 
     def error(reciprocals: Tensor) -> Tensor:
-        torch.mul(blocks, reciprocals.unsqueeze(-1), out=scaled)
-        squared = scaled.sub_(element.nearest(scaled, (rounded, anchor))).square_()
+        squared = _compiled.squares(blocks, reciprocals, rounded, element.fields)
+        if squared is None:
+            torch.mul(blocks, reciprocals.unsqueeze(-1), out=scaled)
+            squared = scaled.sub_(element.nearest(scaled, (rounded, anchor))).square_()
         return (squared if weights is None else squared.mul_(weights)).sum(-1)
 
     return error

@@ -19,7 +19,8 @@ from torch import Tensor
 from bitroute.backends import _compiled
 from bitroute.backends._elements import block_amax, least_error
 
-COARSE = tuple(0.4 + 0.04 * step for step in range(31))  # below 0.75 only where errors are weighted
+COARSE = tuple(0.4 + 0.04 * step for step in range(31))
+UNWEIGHTED = 9  # the first of 0.75 or more: less is never best where no error is weighted
 FINE = (0.98, 0.99, 1.01, 1.02)
 SMALLEST_AMAX = 1e-38  # of a block, as in bitsandbytes; its reciprocal must be finite
 SMALLEST_SHARE, LARGEST_SHARE = 1e-6, 1e6  # of a scale in its block's amax; beyond, the error no longer depends on it
@@ -111,7 +112,8 @@ class Blocks:
 
         stored: scales → what will be read back for them.
         """
-        found = stored(least_error(plain, (self.amax * factor for factor in COARSE), self.rough_error))
+        coarse = COARSE if self.weights is not None else COARSE[UNWEIGHTED:]
+        found = stored(least_error(plain, (self.amax * factor for factor in coarse), self.rough_error))
         found = least_error(found, (stored(found * factor) for factor in FINE), self.rough_error)
         return least_error(plain, [found], self.error)
 
@@ -130,14 +132,20 @@ class Blocks:
 
     def rough_error(self, scales: Tensor) -> Tensor:
         share = self.shares_of_amax(scales)
-        torch.mul(self.shares, reciprocals(share), out=self._values)
+        units = reciprocals(share)
+        squared = _compiled.table_squares(self.shares, units, share, self.table.rough, BINS, self._values)
+        if squared is not None:
+            return self._summed(squared)
+        torch.mul(self.shares, units, out=self._values)
         return self._squared_error(self.table.roughly_nearest(self._values, self._bins), share)
 
     def shares_of_amax(self, scales: Tensor) -> Tensor:
         return (scales / self.amax).clamp_(-LARGEST_SHARE, LARGEST_SHARE).unsqueeze(-1)
 
     def _squared_error(self, decoded: Tensor, share: Tensor) -> Tensor:
-        squared = decoded.mul_(share).sub_(self.shares).square_()
+        return self._summed(decoded.mul_(share).sub_(self.shares).square_())
+
+    def _summed(self, squared: Tensor) -> Tensor:
         return (squared if self.weights is None else squared.mul_(self.weights)).sum(-1)
 
 

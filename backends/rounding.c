@@ -20,23 +20,71 @@ static inline float number(uint32_t bits)
     return found;
 }
 
-/* Element.nearest: a value's own power of two times 1.5 * 2^(23 - mantissa bits), added and removed. */
-void nearest(const float *values, float *rounded, size_t count, int exponent_bits, int mantissa_bits, float largest)
+/* A value's own power of two times 1.5 * 2^(23 - mantissa bits), added and removed, rounds its mantissa. */
+struct rounding { uint32_t smallest_normal, wider; float largest; };
+
+static struct rounding rounding_to(int exponent_bits, int mantissa_bits, float largest)
 {
-    uint32_t smallest_normal = (uint32_t)(BIAS + 2 - (1 << (exponent_bits - 1))) << MANTISSA;
-    uint32_t wider = ((uint32_t)(MANTISSA - mantissa_bits) << MANTISSA) + (1u << (MANTISSA - 1));
-    for (size_t i = 0; i < count; i++) {
-        float value = values[i];
-        value = value > largest ? largest : value;
-        value = value < -largest ? -largest : value;
-        uint32_t exponent = bits(value) & EXPONENT;
-        float anchor = number((exponent < smallest_normal ? smallest_normal : exponent) + wider);
-        rounded[i] = (value + anchor) - anchor;
+    return (struct rounding){
+        .smallest_normal = (uint32_t)(BIAS + 2 - (1 << (exponent_bits - 1))) << MANTISSA,
+        .wider = ((uint32_t)(MANTISSA - mantissa_bits) << MANTISSA) + (1u << (MANTISSA - 1)),
+        .largest = largest,
+    };
+}
+
+static inline float rounded_to(struct rounding to, float value)
+{
+    value = value > to.largest ? to.largest : value;
+    value = value < -to.largest ? -to.largest : value;
+    uint32_t exponent = bits(value) & EXPONENT;
+    float anchor = number((exponent < to.smallest_normal ? to.smallest_normal : exponent) + to.wider);
+    return (value + anchor) - anchor;
+}
+
+/* Element.nearest */
+void nearest(const float *restrict values, float *restrict rounded, size_t count, int exponent_bits, int mantissa_bits, float largest)
+{
+    struct rounding to = rounding_to(exponent_bits, mantissa_bits, largest);
+    for (size_t i = 0; i < count; i++)
+        rounded[i] = rounded_to(to, values[i]);
+}
+
+/* squared_error, not yet weighted and summed: of blocks times their reciprocal. */
+void squares(const float *restrict values, const float *restrict reciprocals, float *restrict found, size_t blocks, size_t size,
+             int exponent_bits, int mantissa_bits, float largest)
+{
+    struct rounding to = rounding_to(exponent_bits, mantissa_bits, largest);
+    for (size_t block = 0; block < blocks; block++, values += size, found += size)
+        for (size_t i = 0; i < size; i++) {
+            float value = values[i] * reciprocals[block];
+            float error = value - rounded_to(to, value);
+            found[i] = error * error;
+        }
+}
+
+/* Blocks.rough_error, not yet weighted and summed: of values that a table holds as number * share; size <= 128. */
+void table_squares(const float *restrict values, const float *restrict reciprocals, const float *restrict shares,
+                   const float *restrict rough, float bins, float *restrict found, size_t blocks, size_t size)
+{
+    int32_t places[128]; /* of a block: to look them up one by one is faster than any gather */
+    for (size_t block = 0; block < blocks; block++, values += size, found += size) {
+        for (size_t i = 0; i < size; i++) {
+            float place = values[i] * reciprocals[block] * bins;
+            place = place > bins ? bins : place;
+            place = place < -bins ? -bins : place;
+            places[i] = (int32_t)(place + (bins + 0.5f));
+        }
+        for (size_t i = 0; i < size; i++)
+            found[i] = rough[places[i]];
+        for (size_t i = 0; i < size; i++) {
+            float error = found[i] * shares[block] - values[i];
+            found[i] = error * error;
+        }
     }
 }
 
 /* Element.codes_of: sign, exponent and mantissa of the nearest number; ties to even, saturating. NaN: all ones. */
-void codes(const float *values, uint8_t *found, size_t count, int exponent_bits, int mantissa_bits, float largest)
+void codes(const float *restrict values, uint8_t *restrict found, size_t count, int exponent_bits, int mantissa_bits, float largest)
 {
     int bias = (1 << (exponent_bits - 1)) - 1, sign = exponent_bits + mantissa_bits, cut = MANTISSA - mantissa_bits;
     uint32_t smallest_normal = (uint32_t)(BIAS + 1 - bias) << MANTISSA, below_half = (1u << (cut - 1)) - 1;
@@ -54,7 +102,7 @@ void codes(const float *values, uint8_t *found, size_t count, int exponent_bits,
 }
 
 /* Table.nearest: how many of the bounds lie below the value. */
-void places(const float *values, uint8_t *found, size_t count, const float bounds[15])
+void places(const float *restrict values, uint8_t *restrict found, size_t count, const float *restrict bounds)
 {
     for (size_t i = 0; i < count; i++) {
         uint32_t place = 0;
