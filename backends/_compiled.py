@@ -40,57 +40,57 @@ FUNCTIONS = {
 _turn = Lock()
 
 
-def nearest(values: Tensor, out: Tensor | None, element: Fields) -> Tensor | None:
-    """`Element.nearest`; None where that is to do it itself."""
-    library = _for(values)
-    if not library:
+class Rounding:
+    """The functions of rounding.c; every tensor float32, contiguous and on the CPU."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises OSError: the file is not there, or damaged. AttributeError: it is something else."""
+        self.file, self._functions = file, ctypes.CDLL(str(file))
+        for name, types in FUNCTIONS.items():
+            function = getattr(self._functions, name)
+            function.argtypes, function.restype = types, None
+
+    def nearest(self, values: Tensor, out: Tensor | None, element: Fields) -> Tensor:
+        """`Element.nearest`."""
+        found = torch.empty_like(values) if out is None else out
+        self._functions.nearest(values.data_ptr(), found.data_ptr(), values.numel(), *element)
+        return found
+
+    def codes(self, values: Tensor, element: Fields) -> Tensor:
+        """The codes of the nearest numbers of an element, uint8 in the shape of the values."""
+        found = torch.empty_like(values, dtype=torch.uint8)
+        self._functions.codes(values.data_ptr(), found.data_ptr(), values.numel(), *element)
+        return found
+
+    def places(self, values: Tensor, bounds: Tensor) -> Tensor:
+        """`Table.nearest` with its BOUNDS bounds, uint8 in the shape of the values."""
+        found = torch.empty_like(values, dtype=torch.uint8)
+        self._functions.places(values.data_ptr(), found.data_ptr(), values.numel(), bounds.data_ptr())
+        return found
+
+    def squares(self, values: Tensor, reciprocals: Tensor, out: Tensor, element: Fields) -> Tensor:
+        """The squared errors of rounding blocks [..., size] times their reciprocals, in `out`."""
+        pointers = (tensor.data_ptr() for tensor in (values, reciprocals, out))
+        self._functions.squares(*pointers, reciprocals.numel(), values.shape[-1], *element)
+        return out
+
+    def table_squares(
+        self, values: Tensor, reciprocals: Tensor, shares: Tensor, rough: Tensor, bins: int, out: Tensor
+    ) -> Tensor:
+        """`Table.roughly_nearest`: the squared errors of blocks [..., size <= LARGEST_BLOCK] in `out`."""
+        pointers = (tensor.data_ptr() for tensor in (values, reciprocals, shares, rough))
+        self._functions.table_squares(*pointers, bins, out.data_ptr(), reciprocals.numel(), values.shape[-1])
+        return out
+
+
+def rounding_of(*values: Tensor) -> Rounding | None:
+    """For many plain numbers in the memory of this machine that nobody traces; the first of the tensors counts."""
+    if not all(map(_is_plain, values)) or values[0].numel() < LEAST_NUMBERS:
         return None
-    found = torch.empty_like(values) if out is None else out
-    library.nearest(values.data_ptr(), found.data_ptr(), values.numel(), *element)
-    return found
-
-
-def codes(values: Tensor, element: Fields) -> Tensor | None:
-    """The codes of the nearest numbers of an element, uint8 in the shape of the values; None as in `nearest`."""
-    library = _for(values)
-    if not library:
+    if torch.compiler.is_compiling() or torch.get_num_threads() > MOST_THREADS or os.environ.get(SWITCH) == "0":
         return None
-    found = torch.empty_like(values, dtype=torch.uint8)
-    library.codes(values.data_ptr(), found.data_ptr(), values.numel(), *element)
-    return found
-
-
-def places(values: Tensor, bounds: Tensor) -> Tensor | None:
-    """`Table.nearest` with its 15 bounds, uint8 in the shape of the values; None as in `nearest`."""
-    library = _for(values)
-    if not library or len(bounds) != BOUNDS:
-        return None
-    found = torch.empty_like(values, dtype=torch.uint8)
-    library.places(values.data_ptr(), found.data_ptr(), values.numel(), bounds.data_ptr())
-    return found
-
-
-def squares(values: Tensor, reciprocals: Tensor, out: Tensor, element: Fields) -> Tensor | None:
-    """The squared errors of rounding blocks [..., size] times their reciprocals [...], in `out`; None as above."""
-    library = _for(values)
-    if not library:
-        return None
-    units = reciprocals.contiguous()
-    library.squares(values.data_ptr(), units.data_ptr(), out.data_ptr(), units.numel(), values.shape[-1], *element)
-    return out
-
-
-def table_squares(
-    values: Tensor, reciprocals: Tensor, shares: Tensor, rough: Tensor, bins: int, out: Tensor
-) -> Tensor | None:
-    """The squared errors of blocks [..., size] that a table holds in shares [...] of them; None as above."""
-    library = _for(values)
-    if not library or values.shape[-1] > LARGEST_BLOCK:
-        return None
-    units, parts = reciprocals.contiguous(), shares.contiguous()
-    pointers = (tensor.data_ptr() for tensor in (values, units, parts, rough))
-    library.table_squares(*pointers, bins, out.data_ptr(), units.numel(), values.shape[-1])
-    return out
+    with _turn:
+        return _library()
 
 
 def described() -> str:
@@ -99,22 +99,16 @@ def described() -> str:
         return f"not compiled, as {SWITCH}=0 asks"
     with _turn:
         library = _library()
-    return f"compiled, {library._name}" if library else "not compiled: slower without a C compiler (cc, gcc or clang)"
+    return f"compiled, {library.file}" if library else "not compiled: slower without a C compiler (cc, gcc or clang)"
 
 
-def _for(values: Tensor) -> ctypes.CDLL | None:
-    """The library, for many plain numbers in the memory of this machine that nobody traces."""
-    plain = type(values) is Tensor and values.device.type == "cpu" and values.dtype == torch.float32
-    if not plain or values.numel() < LEAST_NUMBERS or not values.is_contiguous() or values.requires_grad:
-        return None
-    if torch.compiler.is_compiling() or torch.get_num_threads() > MOST_THREADS or os.environ.get(SWITCH) == "0":
-        return None
-    with _turn:
-        return _library()
+def _is_plain(values: Tensor) -> bool:
+    here = type(values) is Tensor and values.device.type == "cpu" and not values.requires_grad
+    return here and values.dtype == torch.float32 and values.is_contiguous()
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Rounding | None:
     """Compiled once for this source, processor and user; None where that cannot be."""
     source, processor = Path(__file__).with_name("rounding.c").read_bytes(), _processor()
     if not processor:
@@ -122,13 +116,9 @@ def _library() -> ctypes.CDLL | None:
     key = hashlib.sha256(repr((source, processor, FLAGS)).encode()).hexdigest()
     try:
         file = _cache() / f"rounding-{key[:16]}.so"
-        library = _opened(file) or (_opened(file) if _compile(source, file) else None)
+        return _opened(file) or (_opened(file) if _compile(source, file) else None)
     except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no room, no compiler
         return None
-    for name, types in FUNCTIONS.items() if library else ():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, None
-    return library
 
 
 def _processor() -> str:
@@ -144,10 +134,10 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitroute"
 
 
-def _opened(file: Path) -> ctypes.CDLL | None:
+def _opened(file: Path) -> Rounding | None:
     try:
-        return ctypes.CDLL(str(file))
-    except OSError:  # not there, or damaged
+        return Rounding(file)
+    except (OSError, AttributeError):
         return None
 
 

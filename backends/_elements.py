@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bitroute.backends import _compiled
+from bitroute.backends._compiled import rounding_of
 from bitroute.backends.base import BLOCK_ELEMENTS
 
 _F32_MANTISSA_BITS = 23
@@ -59,9 +59,8 @@ class Element:
         scratch: the memory for it, float32 and int32 in the shape of `values`; the first is what is returned.
         """
         clamped, anchor = scratch or (None, None)
-        compiled = _compiled.nearest(values, clamped, self.fields)
-        if compiled is not None:
-            return compiled
+        if compiled := rounding_of(values):
+            return compiled.nearest(values, clamped, self.fields)
         values = torch.clamp(values, -self.max, self.max, out=clamped)
         anchor = torch.bitwise_and(values.view(torch.int32), _EXPONENT, out=anchor)
         anchor.clamp_(min=(_F32_BIAS + 1 - self.bias) << _F32_MANTISSA_BITS)  # subnormals share one step
@@ -70,10 +69,11 @@ class Element:
 
     def store(self, values: Tensor) -> Tensor:
         """float32 [..., n], already divided by their scale → stored elements [..., columns(n)]."""
-        codes = _compiled.codes(values, self.fields)
-        if self.dtype != torch.uint8:
-            return values.clamp(-self.max, self.max).to(self.dtype) if codes is None else codes.view(self.dtype)
-        return pack(self._rounded_codes(values) if codes is None else codes, self.bits)
+        compiled = rounding_of(values)
+        if self.bits == 8 and not compiled:
+            return values.clamp(-self.max, self.max).to(self.dtype)
+        codes = compiled.codes(values, self.fields) if compiled else self._rounded_codes(values)
+        return pack(codes, self.bits).view(self.dtype)
 
     def _rounded_codes(self, values: Tensor) -> Tensor:
         """float32 → codes, uint8."""
@@ -154,8 +154,9 @@ def squared_error(blocks: Tensor, element: Element, weights: Tensor | None) -> C
     )
 
     def error(reciprocals: Tensor) -> Tensor:
-        squared = _compiled.squares(blocks, reciprocals, rounded, element.fields)
-        if squared is None:
+        if compiled := rounding_of(blocks, reciprocals):
+            squared = compiled.squares(blocks, reciprocals, rounded, element.fields)
+        else:
             torch.mul(blocks, reciprocals.unsqueeze(-1), out=scaled)
             squared = scaled.sub_(element.nearest(scaled, (rounded, anchor))).square_()
         return (squared if weights is None else squared.mul_(weights)).sum(-1)

@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 
-from bitroute.backends import _compiled
+from bitroute.backends._compiled import BOUNDS, LARGEST_BLOCK, rounding_of
 from bitroute.backends._elements import block_amax, least_error
 
 COARSE = tuple(0.4 + 0.04 * step for step in range(31))
@@ -51,9 +51,9 @@ class Table:
 
         Eagerly on a CPU the few that the first 16 bits leave unsure are looked for one by one, 25 times as slow.
         """
-        compiled = _compiled.places(values, self.bounds)
-        if compiled is not None:
-            return compiled
+        compiled = rounding_of(values)
+        if compiled and len(self.bounds) == BOUNDS:
+            return compiled.places(values, self.bounds)
         if values.device.type != "cpu":
             return torch.bucketize(values, self.bounds).to(torch.uint8)
         heads = (values.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
@@ -133,9 +133,9 @@ class Blocks:
     def rough_error(self, scales: Tensor) -> Tensor:
         share = self.shares_of_amax(scales)
         units = reciprocals(share)
-        squared = _compiled.table_squares(self.shares, units, share, self.table.rough, BINS, self._values)
-        if squared is not None:
-            return self._summed(squared)
+        compiled = rounding_of(self.shares, units, share)
+        if compiled and self.shares.shape[-1] <= LARGEST_BLOCK:
+            return self._summed(compiled.table_squares(self.shares, units, share, self.table.rough, BINS, self._values))
         torch.mul(self.shares, units, out=self._values)
         return self._squared_error(self.table.roughly_nearest(self._values, self._bins), share)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bitroute.backends import _compiled, available, create
-from bitroute.backends._compiled import LARGEST_BLOCK, LEAST_NUMBERS, SWITCH
+from bitroute.backends._compiled import LEAST_NUMBERS, SWITCH, rounding_of
 from bitroute.backends._elements import E2M1, E2M3, E3M2, E4M3, E5M2, Element, squared_error
-from bitroute.backends._table import BINS, Blocks, Table, table
+from bitroute.backends._table import Blocks, Table, table
 from bitroute.backends.base import Backend, TensorSpec
 
 SEARCHING = ("nvfp4", "mxfp4", "mxfp6", "nf4", "fp4")
@@ -76,7 +76,7 @@ def bits_of(tensor: Tensor) -> Tensor:
 def test_rounding_is_the_eager_one_bit_for_bit(element: Element, monkeypatch: pytest.MonkeyPatch) -> None:
     values = hard_values()
     found, eager = element.nearest(values), eagerly(lambda: element.nearest(values), monkeypatch)
-    assert _compiled.nearest(values, None, element.fields) is not None
+    assert rounding_of(values)
     assert torch.equal(found.isnan(), values.isnan())
     numbers = ~values.isnan()
     assert torch.equal(bits_of(found)[numbers], bits_of(eager)[numbers])
@@ -99,7 +99,7 @@ def test_what_is_stored_is_the_same_bit_for_bit(element: Element, monkeypatch: p
     values = values[: len(values) // 4 * 4]
     eager = eagerly(lambda: element.store(values), monkeypatch)
     assert torch.equal(bits_of(element.store(values)), bits_of(eager))
-    assert _compiled.codes(values, element.fields) is not None
+    assert rounding_of(values)
 
 
 @needs_compiler
@@ -122,7 +122,7 @@ def test_places_in_a_table_are_the_same(name: str, monkeypatch: pytest.MonkeyPat
     values = torch.cat([beside, -torch.zeros(1), torch.zeros(1), torch.tensor([torch.inf, -torch.inf]), drawn])
     eager = eagerly(lambda: found.nearest(values), monkeypatch)
     assert torch.equal(found.nearest(values), eager)
-    assert _compiled.places(values, found.bounds) is not None
+    assert rounding_of(values)
 
 
 @needs_compiler
@@ -136,7 +136,7 @@ def test_squared_errors_of_blocks_are_the_same(element: Element, size: int, monk
         error = squared_error(blocks, element, weighted)
         eager = eagerly(lambda error=error: error(reciprocals), monkeypatch)
         assert torch.equal(error(reciprocals), eager)
-    assert _compiled.squares(blocks, reciprocals, torch.empty_like(blocks), element.fields) is not None
+    assert rounding_of(blocks, reciprocals)
 
 
 @needs_compiler
@@ -151,8 +151,7 @@ def test_squared_errors_of_a_table_are_the_same(
         scales = blocks.amax * factor
         eager = eagerly(lambda scales=scales: blocks.rough_error(scales), monkeypatch)
         assert torch.equal(blocks.rough_error(scales), eager)
-    given = (blocks.shares, blocks.amax, blocks.amax, blocks.table.rough, BINS, torch.empty_like(weight))
-    assert (_compiled.table_squares(*given) is None) == (size > LARGEST_BLOCK)
+    assert rounding_of(blocks.shares, blocks.amax)
 
 
 @needs_compiler
@@ -184,33 +183,33 @@ def test_every_backend_stores_the_same_with_and_without(
     ids=["few", "of another dtype", "strided", "with a gradient", "of a class of its own", "without memory"],
 )
 def test_what_it_cannot_take_is_left_to_the_eager_code(values: Tensor) -> None:
-    assert _compiled.nearest(values, None, E4M3.fields) is None
-    assert _compiled.nearest(torch.ones(LEAST_NUMBERS), None, E4M3.fields) is not None
+    assert rounding_of(values) is None
+    assert rounding_of(torch.ones(LEAST_NUMBERS))
 
 
 @needs_compiler
 def test_it_is_compiled_once_for_all_processes(fresh: Path, compiler: Compiler) -> None:
     values = torch.ones(LEAST_NUMBERS)
-    assert _compiled.codes(values, E4M3.fields) is not None
+    assert rounding_of(values)
     (kept,) = fresh.iterdir()
     made = kept.stat().st_mtime_ns
     _compiled._library.cache_clear()  # as in a process that starts later
     compiler("#!/bin/sh\nexit 1\n")
-    assert _compiled.codes(values, E4M3.fields) is not None
+    assert rounding_of(values)
     assert [(file, file.stat().st_mtime_ns) for file in fresh.iterdir()] == [(kept, made)]
 
 
 @needs_compiler
 def test_a_damaged_file_is_compiled_again(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.ones(LEAST_NUMBERS)
-    assert _compiled.codes(values, E4M3.fields) is not None
+    assert rounding_of(values)
     (sound,) = fresh.iterdir()
     damaged = tmp_path / "elsewhere" / "bitroute" / sound.name  # what a process has opened it does not open again
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     _compiled._library.cache_clear()
-    assert _compiled.codes(values, E4M3.fields) is not None
+    assert rounding_of(values)
     assert damaged.stat().st_size == sound.stat().st_size
 
 
@@ -222,7 +221,7 @@ def test_a_damaged_file_is_compiled_again(fresh: Path, tmp_path: Path, monkeypat
 def test_a_broken_compiler_costs_speed_alone(script: str, compiler: Compiler) -> None:
     compiler(script)
     values = torch.full((LEAST_NUMBERS,), 300.0)
-    assert _compiled.codes(values, E4M3.fields) is None
+    assert rounding_of(values) is None
     assert E4M3.store(values).float().unique().tolist() == [288.0]
 
 
@@ -239,13 +238,13 @@ def test_a_machine_that_cannot_compile_goes_without(
         (tmp_path / "cache").write_text("")
     else:
         monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    assert _compiled.codes(torch.ones(LEAST_NUMBERS), E4M3.fields) is None
+    assert rounding_of(torch.ones(LEAST_NUMBERS)) is None
 
 
 def test_many_threads_of_torch_are_left_to_it() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(_compiled.MOST_THREADS + 1)
-        assert _compiled.codes(torch.ones(LEAST_NUMBERS), E4M3.fields) is None
+        assert rounding_of(torch.ones(LEAST_NUMBERS)) is None
     finally:
         torch.set_num_threads(before)
