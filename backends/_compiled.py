@@ -16,60 +16,53 @@ import shutil
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
+from threading import Lock, local
 
 import torch
 from torch import Tensor
 
 SWITCH = "BITROUTE_COMPILE"  # "0": eager code alone
 LEAST_NUMBERS = 1 << 16  # fewer are not worth a compiler's start
-MOST_THREADS = 4  # with more, torch's ten passes are as fast
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-xc", "-")  # products are rounded
 MACHINES = frozenset({"x86_64", "aarch64"})
-LONGEST_SECONDS = 60
+LONGEST_SECONDS = 10
 BOUNDS, LARGEST_BLOCK = 15, 128  # of a table
 Fields = tuple[int, int, float]  # of an element: exponent bits, mantissa bits, largest number
 _P, _N, _F, _ELEMENT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, (ctypes.c_int, ctypes.c_int, ctypes.c_float)
 FUNCTIONS = {
-    "nearest": (_P, _P, _N, *_ELEMENT),
     "codes": (_P, _P, _N, *_ELEMENT),
     "places": (_P, _P, _N, _P),
     "squares": (_P, _P, _P, _N, _N, *_ELEMENT),
     "table_squares": (_P, _P, _P, _P, _F, _P, _N, _N),
 }
-_turn = Lock()
+CANNOT = (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError)  # no home, no room, nonsense
+_turn, _thread = Lock(), local()
 
 
 class Rounding:
     """The functions of rounding.c; every tensor float32, contiguous and on the CPU."""
 
     def __init__(self, file: Path) -> None:
-        """Raises OSError: the file is not there, or damaged. AttributeError: it is something else."""
+        """Raises OSError: no library, or of another machine. AttributeError: of something else."""
         self.file, self._functions = file, ctypes.CDLL(str(file))
         for name, types in FUNCTIONS.items():
             function = getattr(self._functions, name)
             function.argtypes, function.restype = types, None
 
-    def nearest(self, values: Tensor, out: Tensor | None, element: Fields) -> Tensor:
-        """`Element.nearest`."""
-        found = torch.empty_like(values) if out is None else out
-        self._functions.nearest(values.data_ptr(), found.data_ptr(), values.numel(), *element)
-        return found
-
     def codes(self, values: Tensor, element: Fields) -> Tensor:
         """The codes of the nearest numbers of an element, uint8 in the shape of the values."""
-        found = torch.empty_like(values, dtype=torch.uint8)
+        found = torch.empty(values.shape, dtype=torch.uint8)
         self._functions.codes(values.data_ptr(), found.data_ptr(), values.numel(), *element)
         return found
 
     def places(self, values: Tensor, bounds: Tensor) -> Tensor:
         """`Table.nearest` with its BOUNDS bounds, uint8 in the shape of the values."""
-        found = torch.empty_like(values, dtype=torch.uint8)
+        found = torch.empty(values.shape, dtype=torch.uint8)
         self._functions.places(values.data_ptr(), found.data_ptr(), values.numel(), bounds.data_ptr())
         return found
 
     def squares(self, values: Tensor, reciprocals: Tensor, out: Tensor, element: Fields) -> Tensor:
-        """The squared errors of rounding blocks [..., size] times their reciprocals, in `out`."""
+        """The squared errors of `Element.nearest` of blocks [..., size] times their reciprocals, in `out`."""
         pointers = (tensor.data_ptr() for tensor in (values, reciprocals, out))
         self._functions.squares(*pointers, reciprocals.numel(), values.shape[-1], *element)
         return out
@@ -83,11 +76,16 @@ class Rounding:
         return out
 
 
+def use_compiled(yes: bool = True) -> None:
+    """In this thread: one with one of torch's threads, and whose tensors nobody traces or differentiates."""
+    _thread.compiled = yes
+
+
 def rounding_of(*values: Tensor) -> Rounding | None:
-    """For many plain numbers in the memory of this machine that nobody traces; the first of the tensors counts."""
-    if not all(map(_is_plain, values)) or values[0].numel() < LEAST_NUMBERS:
+    """For plain numbers in the memory of this machine, and many of them in the first tensor."""
+    if not getattr(_thread, "compiled", False) or os.environ.get(SWITCH) == "0":
         return None
-    if torch.compiler.is_compiling() or torch.get_num_threads() > MOST_THREADS or os.environ.get(SWITCH) == "0":
+    if values[0].numel() < LEAST_NUMBERS or not all(map(_is_plain, values)):
         return None
     with _turn:
         return _library()
@@ -103,21 +101,20 @@ def described() -> str:
 
 
 def _is_plain(values: Tensor) -> bool:
-    here = type(values) is Tensor and values.device.type == "cpu" and not values.requires_grad
-    return here and values.dtype == torch.float32 and values.is_contiguous()
+    return values.device.type == "cpu" and values.dtype == torch.float32 and values.is_contiguous()
 
 
 @functools.cache
 def _library() -> Rounding | None:
     """Compiled once for this source, processor and user; None where that cannot be."""
-    source, processor = Path(__file__).with_name("rounding.c").read_bytes(), _processor()
-    if not processor:
-        return None
-    key = hashlib.sha256(repr((source, processor, FLAGS)).encode()).hexdigest()
     try:
-        file = _cache() / f"rounding-{key[:16]}.so"
-        return _opened(file) or (_opened(file) if _compile(source, file) else None)
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # no home, no room, no compiler
+        source = Path(__file__).with_name("rounding.c").read_bytes()
+        processor, folder = _processor(), _cache()
+        if not processor:
+            return None
+        key = _digest(repr((source, processor, FLAGS)).encode())
+        return _kept(folder, key) or (_kept(folder, key) if _compile(source, folder, key) else None)
+    except CANNOT:
         return None
 
 
@@ -131,26 +128,31 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitroute"
+    said = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (said if said.is_absolute() else Path.home() / ".cache") / "bitroute"
 
 
-def _opened(file: Path) -> Rounding | None:
-    try:
-        return Rounding(file)
-    except (OSError, AttributeError):
-        return None
+def _kept(folder: Path, key: str) -> Rounding | None:
+    """What was compiled before, if it is this user's and whole: its name ends with its hash."""
+    for file in folder.glob(f"rounding-{key}-*.so"):
+        if file.stat().st_uid == os.getuid() and file.stem.endswith(_digest(file.read_bytes())):
+            return Rounding(file)
+    return None
 
 
-def _compile(source: bytes, file: Path) -> bool:
+def _compile(source: bytes, folder: Path, key: str) -> bool:
     """Whether there was a compiler that made the file."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         return False
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        command = [compiler, *FLAGS, "-o", str(made)]
-        if subprocess.run(command, input=source, capture_output=True, timeout=LONGEST_SECONDS).returncode:
-            return False
-        os.replace(made, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as place:
+        made = Path(place) / "rounding.so"
+        command, silent = [compiler, *FLAGS, "-o", str(made)], subprocess.DEVNULL
+        subprocess.run(command, input=source, stdout=silent, stderr=silent, timeout=LONGEST_SECONDS, check=True)
+        os.replace(made, folder / f"rounding-{key}-{_digest(made.read_bytes())}.so")
     return True
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -59,8 +59,6 @@ class Element:
         scratch: the memory for it, float32 and int32 in the shape of `values`; the first is what is returned.
         """
         clamped, anchor = scratch or (None, None)
-        if compiled := rounding_of(values):
-            return compiled.nearest(values, clamped, self.fields)
         values = torch.clamp(values, -self.max, self.max, out=clamped)
         anchor = torch.bitwise_and(values.view(torch.int32), _EXPONENT, out=anchor)
         anchor.clamp_(min=(_F32_BIAS + 1 - self.bias) << _F32_MANTISSA_BITS)  # subnormals share one step

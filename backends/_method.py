@@ -172,7 +172,7 @@ class Transformed(Backend):
             blocks = []
             up, down = split(whole, self.method.low_rank, statistics.second_moment, self._round_trip(statistics))
             mine = dataclasses.replace(mine, outputs={**mine.outputs, DOWN: down}, rowwise={UP: up})
-            rows = torch.split(whole - up.float() @ down.float(), _rows_of_block(whole))
+            rows = torch.split(_fitting(whole - up.float() @ down.float()), _rows_of_block(whole))
         inner = self.inner.survey(rows, _inside(weight), statistics)
         return Survey(
             {**inner.outputs, **mine.outputs},
@@ -185,7 +185,7 @@ class Transformed(Backend):
         branch = {}
         if self.method.low_rank:
             branch = {UP: survey.rowwise[UP]}
-            rows = rows - branch[UP].float() @ survey.outputs[DOWN].float()
+            rows = _fitting(rows - branch[UP].float() @ survey.outputs[DOWN].float())
         inside = Statistics(second_moment=survey.facts.get(SECOND_MOMENT))
         if not self.method.gptq:
             return {**self.inner.encode(rows, survey, inside), **branch}
@@ -257,10 +257,7 @@ class Transformed(Backend):
             rows = rows * survey.outputs[SMOOTH].to(rows.device)
         if self.method.rotate:
             rows = rotate(rows, self.method.rotate)
-        if (self.method.smooth or self.method.rotate) and not rows.sum().isfinite() and not rows.isfinite().all():
-            raise BackendError(Problem("the weight does not fit float32 once it is smoothed or rotated",
-                                       next_step="give the layer a rule without smooth and rotate"))  # fmt: skip
-        return rows
+        return _fitting(rows) if self.method.smooth or self.method.rotate else rows
 
     def _measured_inside(self, statistics: Statistics, survey: Survey) -> Statistics:
         """Of x S⁻¹ R; how large a rotated input gets, only samples of it tell."""
@@ -282,7 +279,9 @@ class Transformed(Backend):
 
     def _round_trip(self, inside: Statistics) -> Any:
         def through(rest: Tensor) -> Tensor:
-            return self.inner.decode(self.inner.quantize(rest, inside), TensorSpec(tuple(rest.shape), rest.dtype))
+            return self.inner.decode(
+                self.inner.quantize(_fitting(rest), inside), TensorSpec(tuple(rest.shape), rest.dtype)
+            )
 
         return through
 
@@ -298,6 +297,14 @@ class Transformed(Backend):
 
         hessian, channels, factors = (survey.facts[name].to(rows.device) for name in (HESSIAN, ORDER, FACTORS))
         return format.store(compensated(rows, hessian, channels, factors, nearest), scales, survey)
+
+
+def _fitting(rows: Tensor) -> Tensor:
+    """Raises BackendError where a method has made more than float32 holds of them."""
+    if not rows.sum().isfinite() and not rows.isfinite().all():
+        raise BackendError(Problem("the weight does not fit float32 once its method has changed it",
+                                   next_step="give the layer a rule without that method"))  # fmt: skip
+    return rows
 
 
 def _inside(weight: TensorSpec) -> TensorSpec:

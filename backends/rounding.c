@@ -1,8 +1,13 @@
 /* What torch does in ten passes over a block, in one; each function gives the bits of the eager code that names it. */
 
+#include <float.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__FAST_MATH__) || FLT_EVAL_METHOD != 0
+#error "every operation has to be rounded to float"
+#endif
 
 enum { MANTISSA = 23, BIAS = 127, EXPONENT = 0x7F800000, MAGNITUDE = 0x7FFFFFFF };
 
@@ -20,44 +25,21 @@ static inline float number(uint32_t bits)
     return found;
 }
 
-/* A value's own power of two times 1.5 * 2^(23 - mantissa bits), added and removed, rounds its mantissa. */
-struct rounding { uint32_t smallest_normal, wider; float largest; };
-
-static struct rounding rounding_to(int exponent_bits, int mantissa_bits, float largest)
+/* squared_error, not yet weighted and summed, of blocks times their reciprocals. Element.nearest: a value's own power
+   of two times 1.5 * 2^(23 - mantissa bits), added and removed, rounds its mantissa. */
+void squares(const float *restrict values, const float *restrict reciprocals, float *restrict found, size_t blocks,
+             size_t size, int exponent_bits, int mantissa_bits, float largest)
 {
-    return (struct rounding){
-        .smallest_normal = (uint32_t)(BIAS + 2 - (1 << (exponent_bits - 1))) << MANTISSA,
-        .wider = ((uint32_t)(MANTISSA - mantissa_bits) << MANTISSA) + (1u << (MANTISSA - 1)),
-        .largest = largest,
-    };
-}
-
-static inline float rounded_to(struct rounding to, float value)
-{
-    value = value > to.largest ? to.largest : value;
-    value = value < -to.largest ? -to.largest : value;
-    uint32_t exponent = bits(value) & EXPONENT;
-    float anchor = number((exponent < to.smallest_normal ? to.smallest_normal : exponent) + to.wider);
-    return (value + anchor) - anchor;
-}
-
-/* Element.nearest */
-void nearest(const float *restrict values, float *restrict rounded, size_t count, int exponent_bits, int mantissa_bits, float largest)
-{
-    struct rounding to = rounding_to(exponent_bits, mantissa_bits, largest);
-    for (size_t i = 0; i < count; i++)
-        rounded[i] = rounded_to(to, values[i]);
-}
-
-/* squared_error, not yet weighted and summed: of blocks times their reciprocal. */
-void squares(const float *restrict values, const float *restrict reciprocals, float *restrict found, size_t blocks, size_t size,
-             int exponent_bits, int mantissa_bits, float largest)
-{
-    struct rounding to = rounding_to(exponent_bits, mantissa_bits, largest);
+    uint32_t smallest_normal = (uint32_t)(BIAS + 2 - (1 << (exponent_bits - 1))) << MANTISSA;
+    uint32_t wider = ((uint32_t)(MANTISSA - mantissa_bits) << MANTISSA) + (1u << (MANTISSA - 1));
     for (size_t block = 0; block < blocks; block++, values += size, found += size)
         for (size_t i = 0; i < size; i++) {
             float value = values[i] * reciprocals[block];
-            float error = value - rounded_to(to, value);
+            float clamped = value > largest ? largest : value;
+            clamped = clamped < -largest ? -largest : clamped;
+            uint32_t exponent = bits(clamped) & EXPONENT;
+            float anchor = number((exponent < smallest_normal ? smallest_normal : exponent) + wider);
+            float error = value - ((clamped + anchor) - anchor);
             found[i] = error * error;
         }
 }
@@ -70,8 +52,8 @@ void table_squares(const float *restrict values, const float *restrict reciproca
     for (size_t block = 0; block < blocks; block++, values += size, found += size) {
         for (size_t i = 0; i < size; i++) {
             float place = values[i] * reciprocals[block] * bins;
-            place = place > bins ? bins : place;
-            place = place < -bins ? -bins : place;
+            place = place < bins ? place : bins; /* NaN too */
+            place = place > -bins ? place : -bins;
             places[i] = (int32_t)(place + (bins + 0.5f));
         }
         for (size_t i = 0; i < size; i++)
@@ -83,8 +65,9 @@ void table_squares(const float *restrict values, const float *restrict reciproca
     }
 }
 
-/* Element.codes_of: sign, exponent and mantissa of the nearest number; ties to even, saturating. NaN: all ones. */
-void codes(const float *restrict values, uint8_t *restrict found, size_t count, int exponent_bits, int mantissa_bits, float largest)
+/* Element.store, not yet packed: sign, exponent and mantissa of the nearest number; ties to even, saturating. NaN: all ones. */
+void codes(const float *restrict values, uint8_t *restrict found, size_t count, int exponent_bits, int mantissa_bits,
+           float largest)
 {
     int bias = (1 << (exponent_bits - 1)) - 1, sign = exponent_bits + mantissa_bits, cut = MANTISSA - mantissa_bits;
     uint32_t smallest_normal = (uint32_t)(BIAS + 1 - bias) << MANTISSA, below_half = (1u << (cut - 1)) - 1;
@@ -107,7 +90,7 @@ void places(const float *restrict values, uint8_t *restrict found, size_t count,
     for (size_t i = 0; i < count; i++) {
         uint32_t place = 0;
         for (int k = 0; k < 15; k++)
-            place += values[i] > bounds[k];
+            place += !(values[i] <= bounds[k]); /* NaN lies above all */
         found[i] = (uint8_t)place;
     }
 }

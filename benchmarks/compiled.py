@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 from bitroute.backends import create
-from bitroute.backends._compiled import SWITCH
+from bitroute.backends._compiled import SWITCH, use_compiled
 from bitroute.backends.base import BLOCK_ELEMENTS, Backend, Survey, TensorSpec
 
 ENCODERS: Sequence[tuple[str, dict[str, str]]] = (
@@ -49,6 +49,7 @@ class Encoder(nn.Module):
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    use_compiled()
     torch.set_grad_enabled(False)
     print(
         "| encoder | eager, ns a weight | rounding in C | by inductor | its seconds to compile | its bits |\n"

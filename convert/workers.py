@@ -16,6 +16,8 @@ from threading import Semaphore, local
 
 import torch
 
+from bitroute.backends._compiled import use_compiled
+
 TURN_SECONDS = 50e-6
 AHEAD = 16
 _worker = local()
@@ -136,4 +138,5 @@ def _unless_stopped(task: Callable[[], None]) -> None:
 
 def _start(crew: _Crew) -> None:
     torch.set_num_threads(1)
+    use_compiled()
     _worker.crew = crew

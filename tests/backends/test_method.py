@@ -256,6 +256,14 @@ def test_a_method_whose_numbers_leave_float32_says_so(method: dict[str, Any], st
         create("int4", method=method).quantize(weight, statistics)
 
 
+@pytest.mark.parametrize("name", ["nf4", "codebook4", "nvfp4"])
+def test_a_branch_that_overflows_says_so(name: str, statistics: Statistics) -> None:
+    weight = torch.randn(16, IN, generator=torch.Generator().manual_seed(0)) * 1e37
+    options = {"scale": "mse"} if name == "nf4" else {}
+    with pytest.raises(BackendError, match="does not fit float32"):
+        create(name, **options, method={"rotate": 32, "smooth": 0.5, "low_rank": 4}).quantize(weight, statistics)
+
+
 def test_compensation_whose_errors_overflow_leaves_the_plain_rounding(statistics: Statistics) -> None:
     weight = torch.randn(4, IN, generator=torch.Generator().manual_seed(3)).sign() * torch.finfo(torch.float32).max
     plain, tried = create("int4").quantize(weight), create("int4", method={"gptq": True}).quantize(weight, statistics)
