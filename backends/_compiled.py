@@ -135,7 +135,7 @@ def _cache() -> Path:
 def _kept(folder: Path, key: str) -> Rounding | None:
     """What was compiled before, if it is this user's and whole: its name ends with its hash."""
     for file in folder.glob(f"rounding-{key}-*.so"):
-        if file.stat().st_uid == os.getuid() and file.stem.endswith(_digest(file.read_bytes())):
+        if file.is_file() and file.stat().st_uid == os.getuid() and file.stem.endswith(_digest(file.read_bytes())):
             return Rounding(file)
     return None
 
