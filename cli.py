@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from bitroute.convert.verify import Verification
     from bitroute.eval.sampling import Sampling
 
+ALARM = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []  # not on Windows
+
 
 class _Command(click.Group):
     """Turns errors into text and an exit code; a traceback only with -vv."""
@@ -89,11 +91,22 @@ def _terminable() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # elsewhere Python sets no handlers
         yield received
         return
-    numbers = [signal.SIGTERM, *([signal.SIGINT] if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else [])]
+    hook = sys.unraisablehook
+
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised in a __del__ or a callback: raised again outside."""
+        if issubclass(what.exc_type, KeyboardInterrupt) and ALARM:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            hook(what)
+
+    numbers = [signal.SIGTERM, *ALARM, *([signal.SIGINT] if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else [])]
     before = {number: signal.signal(number, end) for number in numbers}
+    sys.unraisablehook = dropped
     try:
         yield received
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -108,7 +121,7 @@ def _interrupted(ctx: click.Context, received: list[int]) -> NoReturn:
 def _end_soon() -> None:
     """What still has to be said is said, without another interrupt."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, *ALARM):
             signal.signal(number, signal.SIG_IGN)
 
 

@@ -17,11 +17,12 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock, local
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-SWITCH = "BITROUTE_COMPILE"  # "0": eager code alone
+SWITCH, OFF = "BITROUTE_COMPILE", ("0", "no", "off", "false")  # eager code alone
 LEAST_NUMBERS = 1 << 16  # fewer are not worth a compiler's start
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-xc", "-")  # products are rounded
 MACHINES = frozenset({"x86_64", "aarch64"})
@@ -36,7 +37,17 @@ FUNCTIONS = {
     "table_squares": (_P, _P, _P, _P, _F, _P, _N, _N),
 }
 CANNOT = (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError)  # no home, no room, nonsense
+PROOF = "96a18488f8c8b1b2"  # `proof_of` the eager code
 _turn, _thread = Lock(), local()
+
+
+class Functions(Protocol):
+    def codes(self, values: Tensor, element: Fields) -> Tensor: ...
+    def places(self, values: Tensor, bounds: Tensor) -> Tensor: ...
+    def squares(self, values: Tensor, reciprocals: Tensor, out: Tensor, element: Fields) -> Tensor: ...
+    def table_squares(
+        self, values: Tensor, reciprocals: Tensor, shares: Tensor, rough: Tensor, bins: int, out: Tensor
+    ) -> Tensor: ...
 
 
 class Rounding:
@@ -83,21 +94,40 @@ def use_compiled(yes: bool = True) -> None:
 
 def rounding_of(*values: Tensor) -> Rounding | None:
     """For plain numbers in the memory of this machine, and many of them in the first tensor."""
-    if not getattr(_thread, "compiled", False) or os.environ.get(SWITCH) == "0":
+    if not getattr(_thread, "compiled", False) or _switched_off():
         return None
     if values[0].numel() < LEAST_NUMBERS or not all(map(_is_plain, values)):
         return None
     with _turn:
-        return _library()
+        found = _library()
+    return found if isinstance(found, Rounding) else None
+
+
+def proof_of(rounding: Functions) -> str:
+    """A hash of what comes out for numbers of every size, ties and subnormals among them."""
+    bits = (torch.arange(1 << 16) * 0x10001 + (1 << 15)).to(torch.int32)  # all signs, exponents and seven more bits
+    values = torch.cat([bits, bits & -(1 << 16)]).view(torch.float32)
+    values = values[values.isfinite()][: 1 << 16].view(-1, 16)
+    ones, rough = torch.ones(len(values)), torch.linspace(-1, 1, 65)
+    found = [rounding.codes(values, element) for element in ((4, 3, 448.0), (2, 1, 6.0))]
+    found.append(rounding.places(values, torch.linspace(-1, 1, BOUNDS)))
+    for units in (ones, ones / 3):
+        found.append(rounding.squares(values, units, torch.empty_like(values), (2, 1, 6.0)))
+        found.append(rounding.table_squares(values, units, ones / 7, rough, 32, torch.empty_like(values)))
+    return _digest(b"".join(tensor.numpy().tobytes() for tensor in found))
 
 
 def described() -> str:
     """Whether there is compiled code, in words."""
-    if os.environ.get(SWITCH) == "0":
-        return f"not compiled, as {SWITCH}=0 asks"
+    if _switched_off():
+        return f"not compiled, as {SWITCH}={os.environ[SWITCH]} asks"
     with _turn:
-        library = _library()
-    return f"compiled, {library.file}" if library else "not compiled: slower without a C compiler (cc, gcc or clang)"
+        found = _library()
+    return f"compiled, {found.file}" if isinstance(found, Rounding) else f"not compiled, so slower: {found}"
+
+
+def _switched_off() -> bool:
+    return os.environ.get(SWITCH, "").lower() in OFF
 
 
 def _is_plain(values: Tensor) -> bool:
@@ -105,53 +135,63 @@ def _is_plain(values: Tensor) -> bool:
 
 
 @functools.cache
-def _library() -> Rounding | None:
-    """Compiled once for this source, processor and user; None where that cannot be."""
+def _library() -> Rounding | str:
+    """Compiled once for this source, processor and user; or why that cannot be."""
     try:
         source = Path(__file__).with_name("rounding.c").read_bytes()
-        processor, folder = _processor(), _cache()
-        if not processor:
-            return None
+        processor, folder = _processor(), _own_folder()
         key = _digest(repr((source, processor, FLAGS)).encode())
-        return _kept(folder, key) or (_kept(folder, key) if _compile(source, folder, key) else None)
-    except CANNOT:
-        return None
+        if found := _kept(folder, key):
+            return found
+        _compile(source, folder, key)
+        return _kept(folder, key) or "what the compiler made gives other numbers, or does not load"
+    except CANNOT as error:
+        return str(error)
 
 
 def _processor() -> str:
     """What it can do, in the words of Linux: what is compiled for one may crash another, which shares the home."""
     cpus = Path("/proc/cpuinfo")
-    if platform.machine() not in MACHINES or not cpus.is_file():
-        return ""
-    found = re.search(r"^(?:flags|Features)\s*:.*$", cpus.read_text(), re.MULTILINE)
-    return f"{platform.machine()} {found[0]}" if found else ""
+    flags = re.search(r"^(?:flags|Features)\s*:.*$", cpus.read_text() if cpus.is_file() else "", re.MULTILINE)
+    if not flags or platform.machine() not in MACHINES:
+        raise OSError(f"only on Linux on {' and '.join(sorted(MACHINES))}")
+    return f"{platform.machine()} {flags[0]}"
 
 
-def _cache() -> Path:
+def _own_folder() -> Path:
+    """Into which nobody else writes: what lies there is run."""
     said = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (said if said.is_absolute() else Path.home() / ".cache") / "bitroute"
+    folder = (said if said.is_absolute() else Path.home() / ".cache") / "bitroute" / "compiled"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise OSError(f"{folder} is not yours alone to write")
+    return folder
 
 
 def _kept(folder: Path, key: str) -> Rounding | None:
-    """What was compiled before, if it is this user's and whole: its name ends with its hash."""
+    """What was compiled before and is whole, as its name ends with its hash, and right."""
     for file in folder.glob(f"rounding-{key}-*.so"):
-        if file.is_file() and file.stat().st_uid == os.getuid() and file.stem.endswith(_digest(file.read_bytes())):
-            return Rounding(file)
+        try:
+            if file.is_file() and file.stem.endswith(_digest(file.read_bytes())):
+                found = Rounding(file)
+                if proof_of(found) == PROOF:
+                    return found
+        except CANNOT:
+            continue
     return None
 
 
-def _compile(source: bytes, folder: Path, key: str) -> bool:
-    """Whether there was a compiler that made the file."""
+def _compile(source: bytes, folder: Path, key: str) -> None:
+    """Raises one of CANNOT."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
-        return False
-    folder.mkdir(parents=True, exist_ok=True)
+        raise OSError("no C compiler (cc, gcc or clang)")
     with TemporaryDirectory(dir=folder) as place:
         made = Path(place) / "rounding.so"
         command, silent = [compiler, *FLAGS, "-o", str(made)], subprocess.DEVNULL
         subprocess.run(command, input=source, stdout=silent, stderr=silent, timeout=LONGEST_SECONDS, check=True)
         os.replace(made, folder / f"rounding-{key}-{_digest(made.read_bytes())}.so")
-    return True
 
 
 def _digest(content: bytes) -> str:

@@ -19,8 +19,7 @@ from torch import Tensor
 from bitroute.backends._compiled import BOUNDS, LARGEST_BLOCK, rounding_of
 from bitroute.backends._elements import block_amax, least_error
 
-COARSE = tuple(0.4 + 0.04 * step for step in range(31))
-UNWEIGHTED = 9  # the first of 0.75 or more: less is never best where no error is weighted
+COARSE = tuple(0.4 + 0.04 * step for step in range(31))  # below 0.75 seldom, where errors are not weighted
 FINE = (0.98, 0.99, 1.01, 1.02)
 SMALLEST_AMAX = 1e-38  # of a block, as in bitsandbytes; its reciprocal must be finite
 SMALLEST_SHARE, LARGEST_SHARE = 1e-6, 1e6  # of a scale in its block's amax; beyond, the error no longer depends on it
@@ -112,8 +111,7 @@ class Blocks:
 
         stored: scales → what will be read back for them.
         """
-        coarse = COARSE if self.weights is not None else COARSE[UNWEIGHTED:]
-        found = stored(least_error(plain, (self.amax * factor for factor in coarse), self.rough_error))
+        found = stored(least_error(plain, (self.amax * factor for factor in COARSE), self.rough_error))
         found = least_error(found, (stored(found * factor) for factor in FINE), self.rough_error)
         return least_error(plain, [found], self.error)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -92,9 +94,17 @@ def describe_machine(work: Path, command: Sequence[str], more: Mapping[str, str]
         "date": time.strftime("%Y-%m-%d"), "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES} | dict(more),
-        "commands": [*(one for one in earlier if one != said), said],
+        "compiler": _compiler(), "commands": [*(one for one in earlier if one != said), said],
     }  # fmt: skip
     file.write_text(json.dumps(words, indent=1), "utf-8")
+
+
+def _compiler() -> str:
+    """That of bitroute's rounding, or none."""
+    found = shutil.which("cc")
+    if not found:
+        return "no C compiler"
+    return subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout.partition("\n")[0]
 
 
 def _cpu() -> str:

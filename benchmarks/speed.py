@@ -36,7 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, nargs="?", default=WORK, help="folder of the models, gigabytes, and results")
     parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS), help="default: all")
-    parser.add_argument("--sizes", nargs="*", choices=list(SIZES), default=list(SIZES), help="billions of parameters")
+    parser.add_argument(
+        "--sizes", nargs="*", choices=list(SIZES), default=list(SIZES), help="billions of parameters; default: all"
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all")
     parser.add_argument(
         "--peer-size", choices=list(SIZES), default=PEER_SIZE, help=f"what all are compared at; default: {PEER_SIZE}"
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--grow-peers", action="store_true", help="measure them at the other sizes too, once")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of every measurement; default: {ROUNDS}")
     parser.add_argument("--forward", action="store_true", help="run forward.py too")
-    parser.add_argument("--compiled", action="store_true", help="run compiled.py too: 5 minutes")
+    parser.add_argument("--compiled", action="store_true", help="run compiled.py too: a minute")
     parser.add_argument("--full", action="store_true", help="convert 11.9 billion parameters too: 40 GB of disk")
     parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page of what is there")
     parser.add_argument(
@@ -58,7 +60,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     results = Results(work)
     if not said.page_only:
-        describe_machine(work, sys.argv, {SDNQ: SDNQ_VERSION})
+        with_sdnq = said.peers is None or SDNQ in said.peers
+        describe_machine(work, sys.argv, {SDNQ: SDNQ_VERSION} if with_sdnq else {})
         measure_all(work, results, list(runs(said)))
         if said.forward:
             source = checkpoint(work / f"flux-{said.peer_size}", SIZES[said.peer_size])

@@ -33,7 +33,7 @@ for each user and machine, in a tenth of a second; its row without a compiler is
 bytes. Without fsync nobody waits for the disk, and bitroute does not have it begin early either. Each run is a
 process of its own, with as many threads as the library takes; the clocks leave out the imports. All candidates of a
 format run in turn, round after round: times are medians, memory is the largest of all rounds, sampled every 5 ms; what
-took over a minute ran once. The same run varies by a tenth.
+took over a minute ran once. On a machine with nothing else to do the same run varies by a tenth.
 Anonymous memory is what comes on top of `import torch`; resident memory is all of the process, and counts the mapped
 files too, which the system can take back.
 
@@ -80,9 +80,9 @@ COMPILING = """
 The encoders are torch on blocks of rows. What torch does number by number or in ten passes, rounding to small floats
 and to tables, is one pass of C, compiled in 0.1 s when a job first needs it and kept for the next; without a compiler
 the eager code stores the same bits. torch.compile does not pay: `python benchmarks/compiled.py` has inductor compile
-each encoder as it stands, for any number of rows and columns. It makes no vectors of blocks of 16 or 32 nor of small
-integers, takes floats as integers by way of memory, and keeps bf16 numbers in float32 between operations, which changes
-the scales of rows; its code keeps Python from the other workers while it runs.
+each encoder as it stands, for any number of rows and columns, where torch.export can trace it. It makes no vectors of
+blocks of 16 or 32 nor of small integers, takes floats as integers by way of memory, and keeps bf16 numbers in float32
+between operations, which changes the scales of rows; its code keeps Python from the other workers while it runs.
 
 {table}
 """
@@ -176,7 +176,7 @@ def _machine(said: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in said["packages"].items())
     return (
         f"Made on {said['date']} on {said['cores']} cores ({said['cpu']}) with {said['memory'] / GIB:.0f} GiB, on the "
-        f"CPU alone: Python {said['python']},\n{packages}."
+        f"CPU alone: Python {said['python']},\n{packages}, {said['compiler']}."
     )
 
 

@@ -343,3 +343,20 @@ def test_what_a_library_makes_of_an_interrupt_is_an_interrupt(monkeypatch: pytes
     found = CliRunner().invoke(main, ["fail"], prog_name="quantize")
     assert found.exit_code == 130
     assert "interrupted" in found.stderr and "did not expect" not in found.stderr
+
+
+def test_an_interrupt_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised while an object is deleted goes nowhere."""
+
+    class Interrupting:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    def go_on() -> None:
+        Interrupting()
+        time.sleep(5)
+
+    monkeypatch.setitem(main.commands, "on", click.Command("on", callback=go_on))
+    found = CliRunner().invoke(main, ["on"], prog_name="quantize")
+    assert found.exit_code == 130, found.output

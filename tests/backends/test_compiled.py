@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,17 @@ import torch
 from torch import Tensor
 
 from bitroute.backends import _compiled, available, create
-from bitroute.backends._compiled import LEAST_NUMBERS, SWITCH, rounding_of, use_compiled
+from bitroute.backends._compiled import (
+    LEAST_NUMBERS,
+    PROOF,
+    SWITCH,
+    Fields,
+    _digest,
+    described,
+    proof_of,
+    rounding_of,
+    use_compiled,
+)
 from bitroute.backends._elements import E2M1, E2M3, E3M2, E4M3, E5M2, Element, squared_error
 from bitroute.backends._table import Blocks, Table, table
 from bitroute.backends.base import Backend, TensorSpec
@@ -38,7 +49,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv(SWITCH, raising=False)
     _compiled._library.cache_clear()
     use_compiled()
-    yield tmp_path / "cache" / "bitroute"
+    yield tmp_path / "cache" / "bitroute" / "compiled"
     use_compiled(False)
     _compiled._library.cache_clear()
 
@@ -179,6 +190,54 @@ def test_what_it_cannot_take_is_left_to_the_eager_code(values: Tensor) -> None:
     assert rounding_of(torch.ones(LEAST_NUMBERS))
 
 
+class Eager:
+    """What the compiled functions stand for."""
+
+    def codes(self, values: Tensor, element: Fields) -> Tensor:
+        (named,) = [one for one in (E2M1, E4M3) if one.fields == element]
+        return named._rounded_codes(values) if named is E2M1 else named.store(values).view(torch.uint8)
+
+    def places(self, values: Tensor, bounds: Tensor) -> Tensor:
+        return torch.bucketize(values, bounds).to(torch.uint8)
+
+    def squares(self, values: Tensor, reciprocals: Tensor, out: Tensor, element: Fields) -> Tensor:
+        scaled = values * reciprocals.unsqueeze(-1)
+        return (scaled - E2M1.nearest(scaled)).square()
+
+    def table_squares(
+        self, values: Tensor, reciprocals: Tensor, shares: Tensor, rough: Tensor, bins: int, out: Tensor
+    ) -> Tensor:
+        places = (values * reciprocals.unsqueeze(-1) * bins).clamp(-bins, bins) + (bins + 0.5)
+        return (rough[places.int()] * shares.unsqueeze(-1) - values).square()
+
+
+def test_what_is_compiled_is_held_against_the_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    assert proof_of(Eager()) == PROOF
+
+
+@needs_compiler
+def test_a_folder_that_others_write_to_is_not_used(fresh: Path) -> None:
+    fresh.mkdir(parents=True)
+    fresh.chmod(0o777)
+    assert rounding_of(torch.ones(LEAST_NUMBERS)) is None
+    assert "not yours alone" in described()
+
+
+@needs_compiler
+def test_a_bad_file_beside_a_good_one_changes_nothing(fresh: Path) -> None:
+    assert rounding_of(torch.ones(LEAST_NUMBERS))
+    (good,) = fresh.iterdir()
+    key = good.stem.split("-")[1]
+    for content in (b"", b"nonsense"):
+        (fresh / f"rounding-{key}-{_digest(content)}.so").write_bytes(content)
+    (fresh / f"rounding-{key}-folder.so").mkdir()
+    os.mkfifo(fresh / f"rounding-{key}-fifo.so")
+    _compiled._library.cache_clear()
+    assert rounding_of(torch.ones(LEAST_NUMBERS))
+    assert f"compiled, {good}" == described()
+
+
 @needs_compiler
 def test_only_threads_that_ask_for_it_use_it() -> None:
     values = torch.ones(LEAST_NUMBERS)
@@ -225,7 +284,7 @@ def test_a_damaged_file_is_compiled_again(
     assert rounding_of(values)
     (sound,) = fresh.iterdir()
     content = sound.read_bytes()
-    damaged = tmp_path / "elsewhere" / "bitroute" / sound.name  # what a process has opened it does not open again
+    damaged = tmp_path / "elsewhere" / "bitroute" / "compiled" / sound.name  # what is open is not opened again
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(content[:length])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
@@ -235,7 +294,10 @@ def test_a_damaged_file_is_compiled_again(
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", ["-ffast-math", "-fvisibility=hidden"])
+@pytest.mark.parametrize(
+    "flags",
+    ["-ffast-math", "-fvisibility=hidden", "-fassociative-math -fno-signed-zeros -fno-trapping-math"],
+)
 def test_a_compiler_that_adds_its_own_flags_is_not_used(flags: str, compiler: Compiler) -> None:
     found = shutil.which("gcc") or shutil.which("cc")
     compiler(f'#!/bin/sh\nPATH=/usr/bin:/bin exec {found} "$@" {flags}\n')
@@ -260,6 +322,7 @@ def test_a_broken_compiler_costs_speed_alone(
     compiler(script)
     values = torch.full((LEAST_NUMBERS,), 300.0)
     assert rounding_of(values) is None
+    assert described().startswith("not compiled, so slower: ")
     assert E4M3.store(values).float().unique().tolist() == [288.0]
     assert not [file for file in fresh.iterdir() if file.is_dir()]
 
