@@ -59,7 +59,7 @@ CPU seconds and memory are those of the run without fsync.
 ## Growth
 
 Copying and bitroute with fsync, the others without. Where copying takes more CPU time per byte than at the other sizes,
-the kernel was busy with more than copying, and the ratio says little.
+it waited for memory that the host of this virtual machine had taken back, and the ratio says little.
 
 {growth}
 {forward}{compiled}{full}"""
