@@ -61,7 +61,7 @@ class InterruptWithShards(Interrupt):
         self.out, self.shards = out, shards
 
     def __call__(self, done_bytes: int, what: str) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60  # a busy disk may take seconds to write a file
         while self.left < done_bytes and len(list(self.out.rglob("*.safetensors"))) < self.shards:
             assert time.monotonic() < deadline
             time.sleep(0.01)
